@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distil large embedding models into small, fast, compact students."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .arguments import DistillationTrainingArguments, parse_arguments
+    from .cache import TeacherCache
+    from .losses import DistillationLoss, HPDLoss
+    from .projection import PCAProjection
+    from .student import StudentModel, StudentOutput
+    from .teachers import EncoderTeacher, ProjectedTeacher, Teacher
+    from .trainer import DistillationTrainer
+
+__version__ = "0.1.0"
+
+# Public name -> its module, imported when first asked for: `import hf_distill` itself costs nothing.
+_HOMES = {
+    "DistillationLoss": "losses",
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "arguments",
+    "EncoderTeacher": "teachers",
+    "HPDLoss": "losses",
+    "PCAProjection": "projection",
+    "ProjectedTeacher": "teachers",
+    "StudentModel": "student",
+    "StudentOutput": "student",
+    "Teacher": "teachers",
+    "TeacherCache": "cache",
+    "parse_arguments": "arguments",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

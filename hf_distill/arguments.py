@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a run: our fields beside those of `TrainingArguments`, and flags or a YAML file made into them."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what distillation needs; these defaults differ from the host's.
+
+    train_sampling_strategy is "group_by_length" (our sampler), remove_unused_columns is False (targets are looked up by
+    the text), per_device_train_batch_size is 64, learning_rate 3e-4, warmup_steps 0.05 (of all steps), logging_steps 50,
+    save_total_limit 2.
+    """
+
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Text columns of the data set, in order; all but label and score if not given."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length (rows of similar length in a batch), random or sequential."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: targets are looked up by the text of a row."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Rows a batch on each device."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."}
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two log lines; below 1: as a share of all steps."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep; the best one stays."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["targets"], metadata={"help": "What eval_loss is computed from: the teacher's targets."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # there is nothing else, and the host refuses bf16 on a CPU that was not asked for
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "DistillationTrainingArguments: remove_unused_columns is True, expected False. The texts would be dropped "
+                "before their targets are looked up. Leave it out."
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "DistillationTrainingArguments: train_sampling_strategy is 'batch_rebalance', expected group_by_length, "
+                "random or sequential. It would move rows between steps, and a resumed run would see another order."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the token out of training_args.bin, which lies in every checkpoint and is uploaded with it."""
+        return {**self.__dict__, "hub_token": None}
+
+
+@dataclass
+class RecipeArguments:
+    """What every recipe asks for beside `DistillationTrainingArguments`."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Folder or Hub id; the embedded default if not given."})
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_pooling: str | None = field(
+        default=None, metadata={"help": "mean, cls or last, for a teacher without modules.json."}
+    )
+    teacher_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
+    backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
+    backbone_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
+    layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest student input in tokens; as much as it takes if not given."}
+    )
+    dropout: float | None = field(
+        default=0.0, metadata={"help": "Dropout of the student in training; exact targets need none."}
+    )
+    attention: str | None = field(
+        default=None, metadata={"help": "Attention kernel of the student: eager, sdpa, flash_attention_2, ..."}
+    )
+    texts: str | None = field(
+        default=None, metadata={"help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id."}
+    )
+    texts_name: str | None = field(default=None, metadata={"help": "What results and card call them, if not that."})
+    max_texts: int | None = field(default=None, metadata={"help": "Train on a random sample of so many rows."})
+    held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
+    sts: str | None = field(
+        default=None, metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."}
+    )
+    dims: list[int] = field(
+        default_factory=lambda: [32, 64, 128], metadata={"help": "First dimensions of an embedding to score as well."}
+    )
+    cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
+    license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
+    language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that make it this run and no other."""
+        # What is measured, where things lie and what they are called does not change what is trained.
+        places = ("sts", "dims", "cache_dir", "license", "language", "teacher_name", "backbone_name", "texts_name")
+        return {key: value for key, value in asdict(self).items() if key not in places}
+
+
+def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:
+    """Return an instance of each dataclass from flags and `--config file.yaml`; flags win over the file.
+
+    Args:
+        *classes: Dataclasses whose fields are the flags.
+        argv: Flags; None for those of the command line.
+        **defaults: Values that differ from the dataclasses' own.
+
+    Raises:
+        ValueError: If a key of the file is no field. It would be ignored, and the run be another than the file says.
+        FileNotFoundError: If the file is not there.
+    """
+    parser = HfArgumentParser(classes)
+    parser.add_argument("--config", help="YAML file of settings; flags win over it.")
+    parser.set_defaults(**defaults)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config if "--config" in " ".join(argv) else None
+    if config:
+        if not Path(config).is_file():
+            raise FileNotFoundError(f"--config: {config} is not there, expected a YAML file of settings.")
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        known = {f.name for cls in classes for f in fields(cls)}
+        for key in settings:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                raise ValueError(
+                    f"--config: {config} has the key {key!r}, which is no setting of this recipe."
+                    + (f" Did you mean {close[0]!r}?" if close else " See --help for all of them.")
+                )
+        parser.set_defaults(**settings)
+        for action in parser._actions:  # a value from the file satisfies a required flag
+            action.required = action.required and action.dest not in settings
+    namespace = vars(parser.parse_args(argv))
+    return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in classes)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text data: loading, the column contract, tokenising, batches, length grouping, the leak check."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from torch.utils.data import Sampler
+from transformers.utils import logging
+
+from .teachers import Teacher
+
+
+logger = logging.get_logger(__name__)
+
+RESERVED_COLUMNS = ("label", "labels", "score", "scores")
+_READERS = {
+    "tsv": ("csv", {"delimiter": "\t", "quoting": 3}),  # 3: a quotation mark is a character like any other
+    "csv": ("csv", {}),
+    "jsonl": ("json", {}),
+    "json": ("json", {}),
+    "parquet": ("parquet", {}),
+    "txt": ("text", {}),
+}
+
+
+def load_texts(source: str | Path, split: str = "train", streaming: bool = False) -> Any:
+    """Load a data set: a tsv/csv/jsonl/parquet/txt file (gz too), a folder of one kind of these, or a Hub id.
+
+    Args:
+        source: The file, folder or Hub id.
+        split: Split of a Hub data set.
+        streaming: Return an `IterableDataset`.
+
+    Raises:
+        FileNotFoundError: If there is no such file, folder or repository.
+    """
+    path = Path(source)
+    if path.exists():
+        files = sorted(p for p in path.iterdir() if _kind(p)) if path.is_dir() else [path]
+        kinds = {_kind(p) for p in files}
+        if len(kinds) != 1 or None in kinds:
+            raise FileNotFoundError(
+                f"load_texts: {path} holds files of {len(kinds)} kinds {sorted(map(str, kinds))}, expected one of "
+                f"{sorted(_READERS)} (or with .gz). Name one file."
+            )
+        reader, options = _READERS[kinds.pop()]
+        return load_dataset(reader, data_files=[str(p) for p in files], split="train", streaming=streaming, **options)
+    try:
+        return load_dataset(str(source), split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"load_texts: {source} is neither a file or folder here nor a data set that can be had from the Hub now "
+            f"(split {split!r}). Check the spelling; without network, fetch it first: `hf download --repo-type dataset "
+            f"{source}`. ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _kind(path: Path) -> str | None:
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    return kind if kind in _READERS else None
+
+
+def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
+    """Return the text columns in order: those named, or all but `label` and `score`, as in sentence-transformers.
+
+    Raises:
+        ValueError: If a name is not a column, a column holds no text, or there is none.
+    """
+    have = list(dataset.column_names or next(iter(dataset)))
+    for name in names or []:
+        if name not in have:
+            close = difflib.get_close_matches(name, have, 1)
+            raise ValueError(
+                f"DistillationTrainer: text column {name!r} is not in the data set, expected one of {have}."
+                + (f" Did you mean {close[0]!r}?" if close else "")
+                + " Set text_columns."
+            )
+    columns = list(names) if names else [name for name in have if name not in RESERVED_COLUMNS]
+    if not columns:
+        raise ValueError(f"DistillationTrainer: the data set has only {have}, expected a text column.")
+    for name in columns:
+        dtype = getattr(dataset.features[name], "dtype", None) if dataset.features else "string"
+        if dtype not in ("string", "large_string"):
+            raise ValueError(
+                f"DistillationTrainer: column {name!r} is of type {dataset.features[name]}, expected strings. Its values "
+                "would be embedded as text. Name the text columns: --text_columns "
+                + " ".join(c for c in columns if c != name)
+            )
+    return columns
+
+
+def require_texts(dataset: Dataset, columns: list[str]) -> None:
+    """Check every text of the columns.
+
+    Raises:
+        ValueError: If the data set is empty, or a text is empty or missing; the rows are named.
+    """
+    if len(dataset) == 0:
+        raise ValueError("DistillationTrainer: the data set has no rows, expected texts to learn from.")
+    for column in columns:
+        wrong, row = [], 0
+        for batch in dataset.select_columns([column]).iter(1000):
+            wrong += [row + i for i, text in enumerate(batch[column]) if not isinstance(text, str) or not text.strip()]
+            row += len(batch[column])
+        if wrong:
+            raise ValueError(
+                f"DistillationTrainer: column {column!r} has {len(wrong)} empty or missing texts, in rows "
+                f"{', '.join(map(str, wrong[:10]))}{' …' if len(wrong) > 10 else ''}, expected none. The student would learn "
+                f"what the teacher says of nothing. Drop them: dataset.filter(lambda row: (row[{column!r}] or '').strip())."
+            )
+
+
+def tokenize(dataset: Any, tokenizer: Any, columns: list[str], max_length: int) -> Any:
+    """Return the data set with the text columns, `input_ids` (a list a column) and `length` (tokens of the longest)."""
+
+    def tokens(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        ids = [tokenizer(batch[column], truncation=True, max_length=max_length)["input_ids"] for column in columns]
+        rows = [list(row) for row in zip(*ids, strict=True)]
+        return {"input_ids": rows, "length": [max(map(len, row)) for row in rows]}
+
+    dataset = dataset.select_columns(columns)
+    return dataset.map(tokens, batched=True, **({"desc": "Tokenising"} if isinstance(dataset, Dataset) else {}))
+
+
+class DistillationCollator:
+    """Rows -> one batch: all C columns of B rows as N = B * C texts, padded together, and their targets.
+
+    Args:
+        tokenizer: The student's.
+        teacher: Where the targets come from.
+        columns: The text columns.
+    """
+
+    def __init__(self, tokenizer: Any, teacher: Teacher, columns: list[str]) -> None:
+        self.tokenizer, self.teacher, self.columns = tokenizer, teacher, columns
+        # We pad ids that are there already; the advice to tokenise again would be wrong.
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return input_ids and attention_mask [N, T], targets [B, C, D]."""
+        batch = self.tokenizer.pad({"input_ids": [ids for row in rows for ids in row["input_ids"]]}, return_tensors="pt")
+        texts = [row[column] for row in rows for column in self.columns]
+        # Never under the name `labels`: the Trainer would take it for a model's own loss.
+        targets = self.teacher.encode(texts).reshape(len(rows), len(self.columns), -1)
+        return {**batch, "targets": targets}
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """All rows once, shuffled, so that rows of similar length stand in one batch.
+
+    The order depends on seed and epoch only, so a resumed run sees what the uninterrupted one did (the host's sampler draws
+    from the global random state, which a checkpoint does not restore at epoch 2). Rows are shuffled, cut into pools of
+    `pool` blocks, sorted inside a pool, and the blocks shuffled again.
+
+    Args:
+        lengths: Tokens of each row.
+        block_size: Rows of one optimizer step over all processes, so that the ranks get batches of equal length.
+        seed: Of the order.
+        pool: Blocks that are sorted together.
+    """
+
+    def __init__(self, lengths: Iterable[int], block_size: int, seed: int, pool: int = 50) -> None:
+        self.lengths = torch.as_tensor(lengths)
+        self.block_size, self.seed, self.pool = block_size, seed, pool
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this before each epoch, and on resume."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        blocks: list[torch.Tensor] = []
+        for pool in order.split(self.block_size * self.pool):
+            ranked = pool[torch.argsort(self.lengths[pool], stable=True)]
+            blocks += ranked.split(self.block_size)
+        # Only the last block may be short; were it earlier, all later batches would straddle two lengths.
+        short = [blocks.pop()] if len(blocks[-1]) < self.block_size else []
+        shuffled = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)]
+        for block in shuffled + short:
+            yield from block.tolist()
+
+
+def normal_form(text: str) -> str:
+    """Return the text without case, punctuation and white space: what the leak check compares."""
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def find_leaks(dataset: Dataset, columns: list[str], evaluation_texts: Iterable[str]) -> tuple[list[int], list[str]]:
+    """Return (rows, texts) of a training set that stand in an evaluation set, case, punctuation and white space aside."""
+    seen = {normal_form(text) for text in evaluation_texts} - {""}
+    rows, texts = [], []
+    for row, values in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+        leaked = [text for text in values if normal_form(text) in seen]
+        if leaked:
+            rows.append(row)
+            texts += leaked
+    return rows, texts
+
+
+@dataclass
+class TrainingTexts:
+    """A data set cut for a run: rows to train on, and texts that fidelity is measured on.
+
+    train: The rows. columns: Its text columns. held_out: Texts that no row holds. leaked: Texts left out because they
+    stand in an evaluation set.
+    """
+
+    train: Dataset
+    columns: list[str]
+    held_out: list[str]
+    leaked: list[str]
+
+    @classmethod
+    def split(
+        cls,
+        dataset: Dataset,
+        columns: list[str] | None = None,
+        held_out: int = 2000,
+        max_texts: int | None = None,
+        seed: int = 42,
+        leaks_from: Iterable[str] = (),
+    ) -> "TrainingTexts":
+        """Check the texts, leave out leaks, hold some out.
+
+        Args:
+            dataset: Rows of texts.
+            columns: Text columns; None for all but label and score.
+            held_out: How many texts of the first column to hold out; at most a fifth of the rows.
+            max_texts: Keep a random sample of so many rows.
+            seed: Of the sample and of what is held out.
+            leaks_from: Every text of the evaluation sets.
+
+        Raises:
+            ValueError: If a column, or a text, is not as it should be.
+        """
+        columns = text_columns(dataset, columns)
+        require_texts(dataset, columns)
+        rows, leaked = find_leaks(dataset, columns, leaks_from)
+        keep = np.setdiff1d(np.arange(len(dataset)), rows)
+        keep = np.random.default_rng(seed).permutation(keep)
+        count = min(held_out, len(keep) // 5)
+        texts = list(dict.fromkeys(dataset.select(keep[:count])[columns[0]]))
+        train = dataset.select(keep[count:]).select_columns(columns)
+        rows, _ = find_leaks(train, columns, texts)  # a held-out text must not be trained on in another row
+        keep = np.setdiff1d(np.arange(len(train)), rows)[:max_texts]
+        if leaked:
+            logger.info(f"Leak check: {len(leaked)} training texts stand in an evaluation set; their rows are left out.")
+        return cls(train.select(keep), columns, texts, leaked)
+
+    def text_columns(self) -> list[Any]:
+        """Return the text columns, each an iterable of known length."""
+        return [self.train[column] for column in self.columns]
+
+    def all(self) -> Iterator[str]:
+        """Yield every training text, column after column."""
+        return chain.from_iterable(self.text_columns())
+
+    def facts(self, name: str | None) -> dict[str, Any]:
+        """Return what results.json says of them; two runs on the same texts have the same digest."""
+        digest = hashlib.sha256()
+        for text in self.all():
+            digest.update(text.encode() + b"\0")
+        return {
+            "name": name,
+            "rows": len(self.train),
+            "columns": self.columns,
+            "held_out": len(self.held_out),
+            "leaked": len(self.leaked),
+            "sha256": digest.hexdigest(),
+        }

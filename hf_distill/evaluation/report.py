@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run measured: results.json, tables and plots."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..layout import check_layout
+
+
+_PACKAGES = ("hf_distill", "torch", "transformers", "datasets", "accelerate", "sentence-transformers", "safetensors")
+
+
+class RunReport:
+    """Collects what a recipe measures and writes it: results.json, plots, the card, the closing table.
+
+    Args:
+        recipe: Its name.
+        paper: arXiv id.
+    """
+
+    def __init__(self, recipe: str, paper: str) -> None:
+        self.recipe, self.paper = recipe, paper
+        self.evaluators: list[Callable[[Any], dict[str, float]]] = []
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.timings_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of the block to `what`."""
+        started = time.perf_counter()
+        yield
+        self.timings_s[what] = self.timings_s.get(what, 0.0) + time.perf_counter() - started
+
+    def add(self, name: str, encode: Callable[[list[str]], Any], parameters: int, dim: int, prefixes: bool = True) -> None:
+        """Score an encoder as a row of the table.
+
+        Args:
+            name: Of the row.
+            encode: texts -> [N, dim].
+            parameters: How many weights it has.
+            dim: Length of its embeddings.
+            prefixes: Whether its first dimensions are an embedding of their own.
+        """
+        scores: dict[str, float] = {}
+        if PartialState().is_main_process:
+            for evaluator in self.evaluators:
+                scores |= evaluator(encode)
+        scores = {key: value for key, value in scores.items() if prefixes or "@" not in key}
+        self.rows[name] = {"parameters": parameters, "dim": dim, "scores": scores}
+
+    def finish(self, trainer: Any, recipe: Any, data: Mapping[str, Any], **facts: Any) -> str:
+        """Write everything into the trainer's output folder; return the closing table and how to load the student.
+
+        Args:
+            trainer: The `DistillationTrainer`, trained and saved.
+            recipe: The recipe's arguments.
+            data: What the student was trained on.
+            **facts: More sections of results.json.
+
+        Raises:
+            ValueError: If the student's loaders disagree.
+        """
+        args, folder = trainer.args, Path(trainer.args.output_dir)
+        if not trainer.is_world_process_zero():
+            return ""
+        results = {
+            "recipe": self.recipe,
+            "paper": self.paper,
+            **trainer.run_facts,
+            "data": data,
+            **facts,
+            "rows": self.rows,
+            "hyperparameters": {
+                "steps": trainer.state.global_step,
+                "epochs": round(trainer.state.epoch or 0, 2),
+                "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "learning rate": args.learning_rate,
+                "schedule": str(args.lr_scheduler_type).rsplit(".", 1)[-1].lower(),
+                "warmup": args.warmup_steps,
+                "bf16": args.bf16,
+                "dropout": recipe.dropout,
+            },
+            "timings_s": self.timings_s,
+            "license": recipe.license,
+            "language": recipe.language,
+            "provenance": provenance(args.seed),
+            "layout": check_layout(folder),
+            "log_history": trainer.state.log_history,
+        }
+        write_results(folder, results)
+        draw_plots(folder, results)
+        trainer.create_model_card()
+        minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.timings_s.items())
+        return "\n".join(
+            [
+                "",
+                score_table(results),
+                "",
+                dimension_table(results),
+                "",
+                f"{minutes}. All of it, with the card and the plots, lies in {folder}.",
+                "",
+                "from sentence_transformers import SentenceTransformer",
+                f'model = SentenceTransformer("{folder}")',
+                'model.encode(["A text."])',
+            ]
+        )
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Return what it takes to run it again: command, commit, seed, versions, hardware."""
+    return {
+        "command": command(sys.argv),
+        "commit": commit(),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+
+
+def command(argv: list[str]) -> str:
+    """Return the command line without secrets and without the names of this machine's folders."""
+    words, secret = [], False
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if secret:
+            word = "…"
+        secret = flag.startswith("--") and "token" in flag and not value
+        if flag.startswith("--") and "token" in flag and value:
+            word = f"{flag}=…"
+        words.append(re.sub(r"(^|=)/(?:[^/=]+/)*([^/=]+)", r"\1…/\2", word))
+    return shlex.join(words).replace("'", "") if any("…" in word for word in words) else shlex.join(words)
+
+
+def commit() -> str | None:
+    """Return the commit of the package's source, with "+changes" if files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    features = torch.cpu.get_capabilities()
+    return f"{os.cpu_count()} cores of {features.get('cpu_name', platform.machine())}"
+
+
+def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
+    """Write results.json, numbers rounded to what they are good for."""
+    path = Path(folder) / "results.json"
+    path.write_text(json.dumps(_rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
+    """Return a Markdown table: a line a row, a column a score; a dash where a row lacks it.
+
+    Args:
+        rows: Name of a row -> its cells by column.
+        first: Heading of the column of names.
+    """
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [[first, *columns]]
+    for name, row in rows.items():
+        cells = [row.get(column, "–") for column in columns]
+        lines.append([name, *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def score_table(results: Mapping[str, Any]) -> str:
+    """Return the rows of results.json as a table: the scores at full width, with short headings."""
+    short = {"fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN", "sts_avg": "STS avg"}
+    rows = {}
+    for name, row in results["rows"].items():
+        scores = {key: value for key, value in row["scores"].items() if "@" not in key}
+        cells = {short.get(key, key.removeprefix("sts_")): value for key, value in scores.items()}
+        rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
+    return table(rows)
+
+
+def dimension_table(results: Mapping[str, Any]) -> str:
+    """Return the scores of the first k dimensions, for each k that was measured."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, row in results["rows"].items():
+        for key, value in row["scores"].items():
+            score, _, dim = key.partition("@")
+            if dim and score in ("fidelity_spearman", "sts_avg"):
+                heading = "fidelity ρ" if score == "fidelity_spearman" else "STS avg"
+                rows.setdefault(name, {})[f"{heading} @{dim}"] = value
+    return table(rows) if rows else ""
+
+
+def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
+    """Draw training.png (loss over steps) and dimensions.png (quality over dimensions); return their names."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_distill[eval]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder, drawn = Path(folder), []
+    steps = [line for line in results["log_history"] if "loss" in line]
+    if len(steps) > 1:
+        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        for part in sorted({key for line in steps for key in line if key.startswith("loss_")}):
+            axes.plot([line["step"] for line in steps], [line[part] for line in steps], label=part.removeprefix("loss_"))
+        axes.set(xlabel="step", ylabel="loss (mean over batch and dimensions)", yscale="log", title="Training loss")
+        axes.legend(title="part")
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / "training.png", dpi=120)
+        drawn.append("training.png")
+    kinds = [kind for kind in ("sts_avg", "fidelity_spearman") if any(f"{kind}@" in k for k in _keys(results))]
+    if kinds:
+        figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.5), layout="constrained", squeeze=False)
+        for axes, kind in zip(panels[0], kinds, strict=True):
+            for name, row in results["rows"].items():
+                points = [(int(k.split("@")[1]), v) for k, v in row["scores"].items() if k.startswith(f"{kind}@")]
+                if points:
+                    axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+                elif kind in row["scores"]:
+                    axes.axhline(row["scores"][kind], color="black", linestyle=":", label=f"{name} ({row['dim']}-d)")
+            heading = "STS average" if kind == "sts_avg" else "rank correlation with the teacher"
+            axes.set(xlabel="first dimensions used", ylabel=f"{heading} × 100", title=heading)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        figure.savefig(folder / "dimensions.png", dpi=120)
+        drawn.append("dimensions.png")
+    plt.close("all")
+    return drawn
+
+
+def _keys(results: Mapping[str, Any]) -> set[str]:
+    return {key for row in results["rows"].values() for key in row["scores"]}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Similarity (STS) and fidelity to the teacher."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import load_texts
+from .metrics.cosine_spearman import cosine_spearman
+from .metrics.embedding_fidelity import embedding_fidelity
+
+
+Encode = Callable[[list[str]], Any]
+
+# The seven sets of SentEval as SimCSE and HPD report them: name -> (file in a local folder, Hub id).
+STS_SETS = {
+    "STS12": ("sts12", "mteb/sts12-sts"),
+    "STS13": ("sts13", "mteb/sts13-sts"),
+    "STS14": ("sts14", "mteb/sts14-sts"),
+    "STS15": ("sts15", "mteb/sts15-sts"),
+    "STS16": ("sts16", "mteb/sts16-sts"),
+    "STS-B": ("stsb-test", "mteb/stsbenchmark-sts"),
+    "SICK-R": ("sick-test", "mteb/sickr-sts"),
+}
+STS_DEV_SETS = {"STS-B dev": ("stsb-dev", "mteb/stsbenchmark-sts")}
+
+
+class STSEvaluator:
+    """Spearman's correlation of the cosine with human scores, times 100, on each set, and their mean.
+
+    One correlation over all pairs of a set (the "all" setting), no regressor, as SimCSE and HPD report it (HPD, Zhao et al.
+    2022, https://huggingface.co/papers/2203.07687, Table 1).
+
+    Args:
+        source: Folder with a file a set (`sts12.tsv.gz`, `stsb-test.tsv.gz`, ... with sentence1, sentence2, score), or None
+            for the Hub.
+        sets: Name -> (file, Hub id); the seven test sets, or STS_DEV_SETS to choose on.
+        dims: Also score the first so many dimensions of each embedding, as `sts_avg@32`.
+
+    Raises:
+        FileNotFoundError: If a set is missing: the mean of the others would be read as the mean of all.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        sets: dict[str, tuple[str, str]] | None = None,
+        dims: Sequence[int] = (),
+        split: str = "test",
+    ) -> None:
+        self.dims = dims
+        self.sets: dict[str, tuple[list[str], list[str], np.ndarray]] = {}
+        for name, (file, hub_id) in (sets or STS_SETS).items():
+            rows = load_texts(_file(Path(source), file) if source else hub_id, split=split)
+            missing = {"sentence1", "sentence2", "score"} - set(rows.column_names)
+            if missing:
+                raise ValueError(f"STSEvaluator: {name} has columns {rows.column_names}, but not {sorted(missing)}.")
+            self.sets[name] = (list(rows["sentence1"]), list(rows["sentence2"]), np.asarray(rows["score"], np.float64))
+
+    def texts(self) -> list[str]:
+        """Return every distinct sentence: what the leak check compares with, and what an encoder is given."""
+        return list(dict.fromkeys(text for first, second, _ in self.sets.values() for text in first + second))
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean at each of `dims`."""
+        row = {text: i for i, text in enumerate(self.texts())}
+        vectors = np.asarray(encode(list(row)))
+        scores: dict[str, float] = {}
+        means: dict[str, list[float]] = {}
+        for name, (first, second, human) in self.sets.items():
+            for dim in (None, *(dim for dim in self.dims if dim <= vectors.shape[1])):
+                a, b = (vectors[[row[text] for text in side], :dim] for side in (first, second))
+                score = cosine_spearman(a, b, human)
+                if dim is None:
+                    scores[f"sts_{name}"] = score
+                means.setdefault("sts_avg" if dim is None else f"sts_avg@{dim}", []).append(score)
+        return scores | {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def _file(folder: Path, stem: str) -> Path:
+    found = sorted(path for path in folder.glob(f"{stem}.*") if path.is_file())
+    if len(found) != 1:
+        have = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
+        raise FileNotFoundError(
+            f"STSEvaluator: {len(found)} files {stem}.* in {folder} ({have}), expected one with sentence1, sentence2, score. "
+            "A mean without it would be read as the mean of all sets. Add it."
+        )
+    return found[0]
+
+
+class FidelityEvaluator:
+    """How far the student agrees with its teacher on held-out texts; needs no labels.
+
+    Args:
+        texts: N held-out texts.
+        teacher: [N, D_t], the teacher's vectors of them.
+        dims: Also score the first so many dimensions, as `fidelity_spearman@32`.
+        neighbours: How many nearest neighbours are compared.
+    """
+
+    def __init__(self, texts: list[str], teacher: Any, dims: Sequence[int] = (), neighbours: int = 10) -> None:
+        self.held_out, self.teacher, self.dims, self.neighbours = list(texts), np.asarray(teacher), dims, neighbours
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        """Return fidelity_spearman and fidelity_neighbours, both times 100."""
+        vectors = np.asarray(encode(self.held_out))
+        scores = embedding_fidelity(vectors, self.teacher, self.neighbours)
+        for dim in self.dims:
+            if dim <= vectors.shape[1]:
+                cut = embedding_fidelity(vectors[:, :dim], self.teacher, self.neighbours)
+                scores |= {f"{name}@{dim}": value for name, value in cut.items()}
+        return scores

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the repository of a student opens the same way everywhere: checked from disk before it is published."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+from transformers.utils import logging
+
+from .student import StudentModel
+
+
+logger = logging.get_logger(__name__)
+
+# Short, long beyond any limit of this size, not English, not a letter.
+SAMPLE_TEXTS = ("A cat sat on the mat.", "distillation " * 9000, "Ein kleines, schnelles Modell für alle.", "42 ?!")
+MIN_COSINE = 0.99999
+
+
+def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> dict[str, float | str]:
+    """Open a student in every way a user may, and compare the vectors.
+
+    Args:
+        folder: What `StudentModel.save_pretrained` wrote. Its student.py is run, so it must be one's own.
+        texts: What is embedded.
+
+    Returns:
+        Loader -> smallest cosine with `StudentModel.from_pretrained`, or "skipped: why".
+
+    Raises:
+        ValueError: If two loaders give different vectors, or plain `AutoModel` misses or is left with weights. Somebody
+            downstream would get other embeddings than those that were measured.
+    """
+    folder, sample = str(folder), list(texts)
+    ours = StudentModel.from_pretrained(folder).encode(sample, convert_to_tensor=True)
+    found: dict[str, float | str] = {}
+
+    def compare(loader: str, vectors: Any) -> None:
+        found[loader] = torch.cosine_similarity(ours.double(), torch.as_tensor(vectors).double()).min().item()
+        if not found[loader] >= MIN_COSINE:
+            raise ValueError(
+                f"check_layout: {folder} gives other vectors through {loader} (smallest cosine {found[loader]:.6f}), expected "
+                f"at least {MIN_COSINE}. Users of that loader would not get the model that was measured. Save it again."
+            )
+
+    remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    if type(remote).__name__ != StudentModel.__name__:
+        raise ValueError(f"check_layout: AutoModel with remote code opens {folder} as {type(remote).__name__}, not a student.")
+    compare("AutoModel(trust_remote_code=True)", remote.encode(sample, convert_to_tensor=True))
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    left = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+    if left:
+        raise ValueError(f"check_layout: plain AutoModel does not fit {folder}: {left}, expected every weight in its place.")
+    found["AutoModel"] = "backbone whole"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        found["SentenceTransformer"] = "skipped: sentence-transformers is not installed"
+        logger.warning(f"check_layout: SentenceTransformer({folder}) was not compared: it is not installed.")
+    else:
+        from sentence_transformers import SentenceTransformer
+
+        compare("SentenceTransformer", SentenceTransformer(folder, device="cpu").encode(sample, show_progress_bar=False))
+    return found

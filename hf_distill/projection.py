@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher's space reduced: PCA over a cache, saved with the student."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .teachers import fetch
+
+
+class PCAProjection:
+    """A fixed linear map of the teacher's D dimensions to the `dim` directions of largest variance.
+
+    Source: HPD, Zhao et al. 2022, https://huggingface.co/papers/2203.07687, Algorithm 1.
+    Differs from the paper: the mean is not subtracted unless center=True. The paper's Algorithm 1 subtracts it, the released
+    code does not; it changes cosines, so it is a choice. The directions are the same: the fit itself is always centred.
+
+    Coordinates are ordered by variance, so the first k of `dim` are the PCA to k dimensions.
+
+    Args:
+        components: [dim, D], orthonormal rows.
+        mean: [D], the mean of the fit.
+        variance: [dim], explained by each component.
+        total_variance: Of all D dimensions.
+        center: Whether the mean is subtracted.
+    """
+
+    FILE = "teacher_projection.safetensors"
+
+    def __init__(self, components: Tensor, mean: Tensor, variance: Tensor, total_variance: float, center: bool) -> None:
+        self.components, self.mean, self.variance = components.float(), mean.float(), variance.double()
+        self.total_variance, self.center = float(total_variance), center
+        self.dim, self.input_dim = components.shape
+
+    @classmethod
+    def fit(cls, targets: Any, dim: int, center: bool = False) -> "PCAProjection":
+        """Find the `dim` directions of largest variance.
+
+        Args:
+            targets: A `TeacherCache` (read a shard at a time; no full matrix in memory), or blocks [n, D], or one [N, D].
+            dim: Dimensions to keep.
+            center: Whether targets shall have mean zero.
+
+        Raises:
+            ValueError: If dim exceeds the teacher's dimension or the number of texts, or a target is not finite.
+        """
+        blocks: Iterable[Tensor] = targets.blocks() if hasattr(targets, "blocks") else targets
+        if isinstance(blocks, Tensor) and blocks.ndim == 2:
+            blocks = [blocks]
+        count, total, square = 0, 0.0, 0.0
+        for block in blocks:
+            # Squares of numbers near 1 lose the small variances in float32.
+            block = block.double()
+            if count == 0 and dim > block.shape[1]:
+                raise ValueError(
+                    f"PCAProjection: dim is {dim}, expected at most the teacher's {block.shape[1]} dimensions. There are no "
+                    "more directions. Lower dim."
+                )
+            count, total, square = count + len(block), total + block.sum(0), square + block.T @ block
+        if count < dim:
+            raise ValueError(
+                f"PCAProjection: {count} texts for {dim} dimensions, expected at least as many texts. The last directions "
+                "would be arbitrary. Add texts to the cache or lower dim."
+            )
+        if not torch.isfinite(square).all():
+            raise ValueError("PCAProjection: a target is NaN or infinite, expected numbers. Every component would be NaN.")
+        mean = total / count
+        variance, vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean))
+        components = vectors.T.flip(0)[:dim]
+        # An eigenvector's sign is arbitrary: its largest coordinate is made positive, so that every machine agrees.
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        variance = variance.flip(0).clamp(min=0)
+        return cls(components * largest.sign(), mean, variance[:dim], variance.sum().item(), center)
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the teacher's variance that the projection keeps, in [0, 1]."""
+        return float(self.variance.sum() / self.total_variance)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What it was fitted to, as a digest, and the choice of centring."""
+        digest = hashlib.sha256(self.components.numpy().tobytes() + self.mean.numpy().tobytes())
+        return {"pca": digest.hexdigest(), "dim": self.dim, "center": self.center}
+
+    def facts(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        return {"dim": self.dim, "center": self.center, "explained_variance": self.explained_variance}
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Return [N, dim] for teacher vectors [N, D]."""
+        vectors = vectors.float()
+        return (vectors - self.mean if self.center else vectors) @ self.components.T
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write teacher_projection.safetensors into the folder (the student's, as a rule)."""
+        tensors = {"components": self.components, "mean": self.mean, "variance": self.variance}
+        metadata = {"total_variance": repr(self.total_variance), "center": str(self.center)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder) / self.FILE, metadata=metadata)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "PCAProjection":
+        """Read it from a student's folder or Hub repository: it maps the teacher's own vectors into the student's space.
+
+        Raises:
+            OSError: If the student can't be had, or carries no projection.
+        """
+        path = fetch(name, revision) / cls.FILE
+        if not path.exists():
+            raise OSError(f"PCAProjection: {name} has no {cls.FILE}, expected a student trained on a projected teacher.")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return cls(**tensors, total_variance=float(metadata["total_variance"]), center=metadata["center"] == "True")

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers: whatever maps texts to target vectors. Live, cached and projected teachers share one interface."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+# student.py travels to the Hub as one file, so the formulas that both sides need live there.
+from .student import POOLINGS, encode_sorted, load_safe, longest_input, pool
+
+
+logger = logging.get_logger(__name__)
+
+
+class Teacher(ABC):
+    """What gives a target vector for every text.
+
+    name: How results and cards call it. dim: length of a target. fingerprint: everything that changes the targets.
+    """
+
+    name: str
+    dim: int
+    fingerprint: dict[str, Any]
+
+    @abstractmethod
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
+        """Return targets [N, dim], float32 on the CPU, for N texts."""
+
+    def require(self, texts: Iterable[str]) -> None:
+        """Raise before long work if there can be no target for one of the texts; a live teacher has all of them."""
+
+    def project(self, projection: Any) -> "ProjectedTeacher":
+        """Return this teacher seen through a projection (`PCAProjection`); nothing is encoded again."""
+        return ProjectedTeacher(self, projection)
+
+
+class ProjectedTeacher(Teacher):
+    """A teacher, live or cached, whose vectors go through a projection on the way out."""
+
+    def __init__(self, teacher: Teacher, projection: Any) -> None:
+        if projection.input_dim != teacher.dim:
+            raise ValueError(
+                f"ProjectedTeacher: the projection takes {projection.input_dim} dimensions, but {teacher.name} gives "
+                f"{teacher.dim}. It was fitted on another teacher. Fit one on this teacher's cache."
+            )
+        self.teacher, self.projection = teacher, projection
+        self.name, self.dim = teacher.name, projection.dim
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the teacher, and of the projection."""
+        return {**self.teacher.fingerprint, "projection": self.projection.fingerprint}
+
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
+        """Return projected targets [N, dim]."""
+        return self.projection(self.teacher.encode(texts, batch_size, show_progress_bar))
+
+    def require(self, texts: Iterable[str]) -> None:
+        """Raise if the teacher behind lacks a text."""
+        self.teacher.require(texts)
+
+
+class EncoderTeacher(Teacher):
+    """A frozen text encoder: any sentence-transformers repository of the common layouts, or a plain `AutoModel`.
+
+    Reads modules.json itself (Transformer, Pooling, Dense, Normalize, prompts), so sentence-transformers need not be
+    installed, and refuses what it does not know. Texts go through the teacher's own tokenizer.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Whether the repository's own code may run.
+        prompt: Text put before every text; None for the repository's default prompt, "" for none.
+        pooling: "mean", "cls" or "last"; only for a plain `AutoModel`, which does not say it.
+        normalize: Whether vectors are scaled to unit length; None as the repository says (a plain `AutoModel`: True).
+        max_length: Longest input in tokens; None as the repository says.
+        dtype: torch dtype or its name; None for bfloat16 where the device computes it natively, else float32.
+        device: None for a GPU where there is one.
+
+    Raises:
+        OSError: If there is no such model, or only pickled weights.
+        ValueError: If the repository holds a module, pooling or activation that would be guessed at: targets from a
+            wrong pooling train without any sign of it.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        prompt: str | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.name = Path(name).name if Path(name).is_dir() else str(name)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
+        self.folder = fetch(name, revision, code=trust_remote_code)
+        layout = _read_layout(self.folder, str(name), pooling, normalize)
+        self.pooling, self.normalize, self.lower = layout["pooling"], layout["normalize"], layout["lower"]
+        self.prompt = layout["prompt"] if prompt is None else prompt
+        if self.prompt and not layout["include_prompt"]:
+            raise ValueError(
+                f"EncoderTeacher: {name} leaves its prompt out of the pooling (include_prompt is false), expected a "
+                "teacher that pools over all tokens. The prompt would count in every target. Use prompt=''."
+            )
+        source = self.folder / layout["path"]
+        options = {"trust_remote_code": trust_remote_code}
+        self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        self.model, info = load_safe(AutoModel, source, dtype=self.dtype, output_loading_info=True, **options)
+        lost = [key for key in info["missing_keys"] if "pooler." not in key]
+        if lost:
+            raise ValueError(
+                f"EncoderTeacher: {name} is missing {len(lost)} weights ({lost[0]}, ...), expected a whole checkpoint. "
+                "Targets would come from random weights. Fetch it again."
+            )
+        longest = longest_input(self.model, self.tokenizer)
+        self.max_length = min(max_length or layout["max_length"] or longest, longest)
+        self.heads = [_load_dense(self.folder / path, str(name)) for path in layout["dense"]]
+        for module in [self.model, *self.heads]:
+            module.to(self.device).eval().requires_grad_(False)
+        self.dim = self.heads[-1][0].out_features if self.heads else self.model.config.hidden_size
+        self._fingerprint: dict[str, Any] | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights an embedding runs through, embedding tables included."""
+        return sum(p.numel() for module in [self.model, *self.heads] for p in module.parameters())
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that changes a target: a digest of weights and tokenizer, and each setting."""
+        if self._fingerprint is None:
+            weights = hashlib.sha256()
+            for module in [self.model, *self.heads]:
+                for key, value in sorted(module.state_dict().items()):
+                    weights.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                    weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            words = json.dumps([sorted(self.tokenizer.get_vocab().items()), str(self.tokenizer)])
+            self._fingerprint = {
+                "weights": weights.hexdigest(),
+                "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+                "prompt": self.prompt,
+                "pooling": self.pooling,
+                "heads": [str(head[1]) for head in self.heads],
+                "normalize": self.normalize,
+                "lower": self.lower,
+                "max_length": self.max_length,
+                "dtype": str(self.dtype).removeprefix("torch."),
+            }
+        return self._fingerprint
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
+        """Return [N, dim], float32 on the CPU."""
+
+        def embed(batch: list[str]) -> Tensor:
+            batch = [self.prompt + (text.lower() if self.lower else text) for text in batch]
+            inputs = self.tokenizer(
+                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self.device)
+            vectors = pool(self.model(**inputs).last_hidden_state.float(), inputs["attention_mask"], self.pooling)
+            for head in self.heads:
+                vectors = head(vectors)
+            return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+        vectors = encode_sorted(embed, texts, batch_size, show_progress_bar)
+        return vectors if len(vectors) else torch.empty(0, self.dim)
+
+
+def has_fast_bf16(device: torch.device | None = None) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, so that it is faster there, not only smaller."""
+    if (device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> Path:
+    """Return the local folder of a model: itself, or the Hub repository downloaded (or found) in the cache.
+
+    Raises:
+        OSError: If it is neither a folder nor to be had from the Hub.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", *(["*.py"] if code else [])]
+        ignore = ["onnx/*", "openvino/*", "checkpoint*"]
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns, ignore_patterns=ignore))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"{name} is neither a folder here nor a repository that can be had from the Hub now, expected one of them. "
+            "Check the spelling, log in (`hf auth login`) if it is private, and without network (or with "
+            f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}`. ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool | None) -> dict[str, Any]:
+    """Return what modules.json and its neighbours say of how a text becomes a vector."""
+    layout: dict[str, Any] = {"path": "", "pooling": pooling, "normalize": normalize, "dense": [], "prompt": ""}
+    layout |= {"lower": False, "max_length": None, "include_prompt": True}
+    modules = _read_json(folder / "modules.json")
+    if not modules:
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f"EncoderTeacher: {name} has no modules.json, so its pooling is unknown (pooling={pooling!r}), expected "
+                f"one of {sorted(POOLINGS)}. A guess would give wrong targets. Pass pooling=... as the model's card says."
+            )
+        layout["normalize"] = True if normalize is None else normalize
+        return layout
+    if pooling is not None:
+        raise ValueError(
+            f"EncoderTeacher: pooling is {pooling!r}, but {name} says its own in modules.json. Leave pooling out."
+        )
+    found_normalize = False
+    for position, module in enumerate(modules):
+        kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
+        if (kind == "Transformer") != (position == 0) or (found_normalize and kind != "Normalize"):
+            kind = f"{kind} at position {position}"
+        if kind == "Transformer":
+            settings = _read_json(folder / path / "sentence_bert_config.json")
+            layout |= {"path": path, "max_length": settings.get("max_seq_length")}
+            layout["lower"] = settings.get("do_lower_case", False)
+        elif kind == "Pooling":
+            settings = _read_json(folder / path / "config.json")
+            layout |= {"pooling": _pooling_of(settings, name), "include_prompt": settings.get("include_prompt", True)}
+        elif kind == "Dense":
+            layout["dense"].append(path)
+        elif kind == "Normalize":
+            found_normalize = True
+        else:
+            raise ValueError(
+                f"EncoderTeacher: {name} has the module {module['type']} (position {position}), expected Transformer, "
+                "Pooling, Dense, Normalize in this order. Targets without it would be others than the teacher's. Encode "
+                "with sentence-transformers and use TeacherCache.from_embeddings."
+            )
+    if layout["pooling"] is None:
+        raise ValueError(f"EncoderTeacher: {name} has no Pooling in modules.json, expected one. Its vectors are unknown.")
+    layout["normalize"] = found_normalize if normalize is None else normalize
+    settings = _read_json(folder / "config_sentence_transformers.json")
+    if settings.get("default_prompt_name"):
+        layout["prompt"] = settings["prompts"][settings["default_prompt_name"]]
+    return layout
+
+
+def _pooling_of(settings: Mapping[str, Any], name: str) -> str:
+    """Return our name of the pooling, from the flags of versions 2 to 5 or the `pooling_mode` of version 6."""
+    short = {_short(flag): ours for ours, flag in POOLINGS.items()}
+    modes = settings.get("pooling_mode", [key for key, on in settings.items() if key.startswith("pooling_mode_") and on])
+    modes = [_short(mode) for mode in ([modes] if isinstance(modes, str) else modes)]
+    if len(modes) != 1 or modes[0] not in short:
+        raise ValueError(
+            f"EncoderTeacher: {name} pools by {modes}, expected exactly one of {sorted(short)}. Another pooling would give "
+            "wrong targets. Encode with sentence-transformers and use TeacherCache.from_embeddings."
+        )
+    return short[modes[0]]
+
+
+def _short(mode: str) -> str:
+    return mode.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+
+
+def _load_dense(folder: Path, name: str) -> nn.Sequential:
+    """Return Linear and activation of a sentence-transformers Dense module."""
+    settings = _read_json(folder / "config.json")
+    path = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = getattr(nn, path.rsplit(".", 1)[-1], None) if path.startswith("torch.nn.") else None
+    if activation is None or settings.get("use_residual"):
+        raise ValueError(
+            f"EncoderTeacher: the Dense in {folder.name} of {name} has activation {path} and use_residual="
+            f"{settings.get('use_residual', False)}, expected a torch.nn activation and no residual. Its vectors would be "
+            "others. Encode with sentence-transformers and use TeacherCache.from_embeddings."
+        )
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise OSError(f"{name} has no weights in safetensors in {folder.name}/, expected model.safetensors, not a pickle.")
+    linear = nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
+    linear.load_state_dict({key.removeprefix("linear."): value for key, value in load_file(weights).items()})
+    return nn.Sequential(linear.float(), activation())
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: targets -> student -> loss -> named parts -> logs; and save, resume, push."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCard
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from .arguments import DistillationTrainingArguments
+from .card import run_card
+from .data import DistillationCollator, LengthGroupedSampler, require_texts, text_columns, tokenize
+from .layout import check_layout
+from .losses import DistillationLoss
+from .student import StudentModel
+from .teachers import ProjectedTeacher, Teacher
+
+
+Evaluator = Callable[[Callable[[list[str]], Any]], dict[str, float]]
+RUN_FILE = "distillation.json"
+# What a checkpoint needs to go on, and nobody else should get.
+_NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` whose targets are a teacher's vectors.
+
+    Args:
+        model: The student; every learned head is part of it.
+        args: Settings; all of `TrainingArguments` work as they do there.
+        train_dataset: `datasets.Dataset` or `IterableDataset` of texts. Columns in order: one text, pairs, or n-tuples;
+            `label` and `score` are left out.
+        eval_dataset: The same, for eval_loss.
+        teacher: A `TeacherCache`, the same projected (`cache.project(projection)`), or a live teacher.
+        loss: A `DistillationLoss`; each of its parts is logged as loss_<part>.
+        evaluators: Callables that take `encode(texts) -> [N, D]` and return named scores. They run at each evaluation and
+            their scores, as eval_<name>, reach load_best_model_at_end, early stopping and callbacks.
+        **trainer_options: Whatever else `Trainer` takes (callbacks, optimizers, compute_metrics, ...).
+
+    Raises:
+        ValueError: Before the first step, if columns, texts, dimensions, or the texts of teacher and data do not fit.
+    """
+
+    # The loss is a mean over its batch, whatever the student's forward accepts: without this, accumulation over k
+    # batches would multiply the gradient by k (transformers >= 5.19).
+    loss_is_scaled_for_ga = False
+    _tag_names = ("hf_distill", "knowledge-distillation")
+
+    def __init__(
+        self,
+        model: StudentModel | None = None,
+        args: DistillationTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        teacher: Teacher,
+        loss: DistillationLoss,
+        evaluators: Sequence[Evaluator] = (),
+        **trainer_options: Any,
+    ) -> None:
+        args = DistillationTrainingArguments() if args is None else args
+        student = model if model is not None else trainer_options["model_init"]()
+        self.teacher, self.loss, self.evaluators = teacher, loss, list(evaluators)
+        _require_same_width(student, teacher)
+        tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
+        self.columns = text_columns(train_dataset, args.text_columns) if train_dataset is not None else []
+        train_dataset = self._prepare(train_dataset, student, tokenizer)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare(part, student, tokenizer) for name, part in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepare(eval_dataset, student, tokenizer)
+        if eval_dataset is None and self.evaluators:
+            eval_dataset = []  # the host refuses eval_strategy without a data set; evaluators need none
+        trainer_options.setdefault("data_collator", DistillationCollator(tokenizer, teacher, self.columns))
+        self._sums: dict[str, Tensor] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            **trainer_options,
+        )
+        self.run_facts = self._describe_run(student)
+
+    def _prepare(self, dataset: Any, student: StudentModel, tokenizer: Any) -> Any:
+        if dataset is None:
+            return None
+        text_columns(dataset, self.columns)
+        if isinstance(dataset, datasets.Dataset):
+            require_texts(dataset, self.columns)
+            for column in self.columns:
+                self.teacher.require(dataset[column])
+        return tokenize(dataset, tokenizer, self.columns, student.settings["max_length"])
+
+    def _describe_run(self, student: StudentModel) -> dict[str, Any]:
+        """Return what a checkpoint must agree with to be gone on from, as plain JSON."""
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, datasets.Dataset) else None
+        facts = {
+            "teacher": self.teacher.name,
+            "teacher_fingerprint": self.teacher.fingerprint,
+            "loss": {"name": type(self.loss).__name__, **vars(self.loss)},
+            "student": student.settings,
+            "data": {"rows": rows, "columns": self.columns},
+        }
+        return json.loads(json.dumps(facts, default=str))
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Raises:
+            ValueError: If the output folder, or the checkpoint to resume from, holds another run: its checkpoints would be
+                mixed with this one's, or its weights trained toward other targets.
+            FloatingPointError: If the loss is not finite; the last checkpoint stays.
+        """
+        folder = Path(self.args.output_dir)
+        if resume_from_checkpoint:
+            found = get_last_checkpoint(str(folder)) if resume_from_checkpoint is True else resume_from_checkpoint
+            _require_same_run(Path(found or folder), self.run_facts)
+        elif any(folder.glob("checkpoint-*")):
+            raise ValueError(
+                f"DistillationTrainer: {folder} holds checkpoints of an earlier run, expected a new folder. They would be "
+                "mixed with this run's. Pass resume_from_checkpoint=True to go on with it, or another output_dir, or delete it."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Private hook, checked on transformers 5.23: the host's own length grouping breaks exact resume.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, datasets.Dataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        block = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedSampler(dataset.with_format("torch")[args.length_column_name][:], block, seed)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the sum of the loss's parts, a mean over the batch."""
+        inputs = dict(inputs)
+        targets = inputs.pop("targets")  # [B, C, D]
+        outputs = model(**inputs)
+        student = getattr(outputs, self.loss.output)
+        student = student.reshape(*targets.shape[:2], *student.shape[1:])  # [N, ...] -> [B, C, ...]
+        parts = self.loss(student.float(), targets)
+        loss = torch.stack(list(parts.values())).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"DistillationTrainer: at step {self.state.global_step} the loss is "
+                f"{ {name: value.item() for name, value in parts.items()} }, expected finite numbers (targets finite: "
+                f"{bool(torch.isfinite(targets).all())}). The student's weights would become NaN. The last checkpoint in "
+                f"{self.args.output_dir} is from before; lower the learning rate, or check the targets."
+            )
+        if model.training:
+            mask = inputs["attention_mask"]
+            self._add({f"loss_{name}": value.detach() for name, value in parts.items()})
+            self._add({"padding": 1 - mask.sum() / mask.numel()})
+        return (loss, outputs) if return_outputs else loss
+
+    def _add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            # [sum, count] stays on the device: no synchronisation until it is logged.
+            self._sums[name] = self._sums.get(name, 0) + torch.stack([value.float(), torch.ones_like(value.float())])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; a training line also holds each part of the loss and the share of padding in the batches since the last."""
+        if "loss" in logs:
+            for name, value in self._sums.items():
+                total, count = self.accelerator.reduce(value, "sum").tolist()
+                logs[name] = total / count
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the host's loader, or nothing to load when there are only evaluators."""
+        return [] if self.eval_dataset == [] and not eval_dataset else super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Run the host's loop, if there is an evaluation set, and each evaluator once, on the main process."""
+        if dataloader == []:
+            output = EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
+        else:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        scores: list[dict[str, float]] = [{}]
+        if self.is_world_process_zero():
+            student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            for evaluator in self.evaluators:
+                scores[0] |= evaluator(student.encode)
+        scores = broadcast_object_list(scores) if self.args.world_size > 1 else scores
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores[0].items()})
+        return output
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            _write_run(folder, self.run_facts)
+            if isinstance(self.teacher, ProjectedTeacher):
+                self.teacher.projection.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Private hook, checked on transformers 5.23. The root file of a checkpoint has the plain backbone's keys and the
+        # projection lies in 2_Dense/, so the host's load_state_dict(strict=False) would load nothing and say nothing.
+        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        if self.is_fsdp_enabled or not isinstance(model, StudentModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            model.load_folder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Private hook, checked on transformers 5.23, for the same reason.
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Private hook, checked on transformers 5.23: the host's list of files leaves out 2_Dense, modules.json, student.py.
+        if self.is_world_process_zero():
+            ignore = shutil.ignore_patterns(*_NOT_PUBLISHED)
+            shutil.copytree(checkpoint_folder, self.args.output_dir, dirs_exist_ok=True, ignore=ignore)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write README.md: from results.json where the run has one, else from what the trainer knows."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            ModelCard(run_card(folder, self.run_facts)).save(folder / "README.md")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push student, card and results; a student whose loaders disagree is not published.
+
+        Raises:
+            ValueError: If the four loaders do not give the same vectors.
+        """
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            check_layout(self.args.output_dir)
+        return super().push_to_hub(*args, **kwargs)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest whole checkpoint: trainer_state.json is written last, so a killed save has none."""
+    whole = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
+    """Mark an output folder as this run's, before any long work.
+
+    Raises:
+        ValueError: If it holds another run, or a model that no run of ours left there.
+        OSError: If it can't be written.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).exists() and ((folder / "config.json").exists() or any(folder.glob("checkpoint-*"))):
+        raise ValueError(
+            f"DistillationTrainer: {folder} holds a model that is not of this run, expected a new or empty folder. It would be "
+            "overwritten. Use another --output_dir."
+        )
+    _require_same_run(folder, json.loads(json.dumps(facts, default=str)), new=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_run(folder, facts)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"DistillationTrainer: {folder} can't be written ({error.strerror}). Use another --output_dir"
+        ) from error
+
+
+def _write_run(folder: Path, facts: dict[str, Any]) -> None:
+    path = folder / RUN_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, **facts}, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) -> None:
+    path = folder / RUN_FILE
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if new and not saved:
+        return
+    changed = [f"{key}: {a!r} there, {b!r} now" for key, a, b in _differences(saved, facts)]
+    if changed:
+        raise ValueError(
+            f"DistillationTrainer: {folder} holds another run ({'; '.join(changed)}), expected the same teacher, loss, student "
+            "and data. Weights would be trained toward other targets. Use another output_dir, or delete it."
+        )
+
+
+def _differences(saved: Any, facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in facts.items():
+        old = saved.get(key) if isinstance(saved, dict) else None
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value, f"{prefix}{key}.")
+        elif old != value:
+            yield f"{prefix}{key}", old, value
+
+
+def _require_same_width(student: StudentModel, teacher: Teacher) -> None:
+    if teacher.dim != student.dim:
+        raise ValueError(
+            f"DistillationTrainer: the student gives {student.dim} dimensions, the teacher {teacher.name} {teacher.dim}, "
+            f"expected as many. Make the student with projection_dim={teacher.dim}, or reduce the teacher: "
+            f"cache.project(PCAProjection.fit(cache, dim={student.dim}))."
+        )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HPD (arXiv 2203.07687): a small student that gives its teacher's PCA coordinates.
+
+accelerate launch recipes/hpd.py                                                   # embedded default, no network
+accelerate launch recipes/hpd.py --config recipes/configs/hpd_minilm_f128.yaml     # a student of the paper
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from demo import demo_defaults, fill_in, gcide_texts
+
+from hf_distill import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    EncoderTeacher,
+    HPDLoss,
+    PCAProjection,
+    StudentModel,
+    TeacherCache,
+    parse_arguments,
+)
+from hf_distill.arguments import RecipeArguments
+from hf_distill.cache import cache_folder
+from hf_distill.data import TrainingTexts, load_texts
+from hf_distill.evaluation.report import RunReport
+from hf_distill.evaluation.similarity import FidelityEvaluator, STSEvaluator
+from hf_distill.trainer import claim_output_dir, last_checkpoint
+
+
+@dataclass
+class HPDArguments(RecipeArguments):
+    """What is HPD's own."""
+
+    dim: int = field(default=128, metadata={"help": "Dimensions of the student's embedding: the teacher's PCA to so many."})
+    center: bool = field(
+        default=False, metadata={"help": "Subtract the mean of the teacher's vectors (paper); off as in the released code."}
+    )
+    activation: str = field(default="identity", metadata={"help": "Behind the projection: identity, or tanh (paper)."})
+    start: str = field(
+        default="auto", metadata={"help": "First values of the projection: pca, random, or auto (pca if widths agree)."}
+    )
+    normalize_loss: bool = field(default=True, metadata={"help": "Compare directions only: both sides at unit length."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Cache the teacher, reduce it, train the student, measure all of them."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_distill").setLevel(logging.INFO)
+    recipe, args = parse_arguments(HPDArguments, DistillationTrainingArguments, argv=argv, **demo_defaults("hpd"))
+    claim_output_dir(args.output_dir, {"recipe": "hpd", "settings": recipe.identity()})
+    fill_in(recipe)
+    report = RunReport("hpd", HPDLoss.paper)
+    sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
+    texts = TrainingTexts.split(
+        load_texts(recipe.texts) if recipe.texts else gcide_texts(),
+        args.text_columns,
+        recipe.held_out,
+        recipe.max_texts,
+        args.seed,
+        leaks_from=sts.texts() if sts else [],
+    )
+
+    teacher = EncoderTeacher(recipe.teacher, recipe.teacher_revision, pooling=recipe.teacher_pooling)
+    teacher.name = recipe.teacher_name or teacher.name
+    cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher))
+    with report.timed("caching"):
+        cache.add(*texts.text_columns())
+        cache.add(texts.held_out, sts.texts() if sts else [])
+    projection = PCAProjection.fit(cache.blocks(texts.all()), recipe.dim, recipe.center)
+    projected = cache.project(projection)
+
+    student = StudentModel.from_backbone(
+        recipe.backbone,
+        layers=recipe.layers,
+        projection_dim=recipe.dim,
+        activation=recipe.activation,
+        max_length=recipe.max_length,
+        dropout=recipe.dropout,
+        attn_implementation=recipe.attention,
+    )
+    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+    if recipe.start == "pca" or (recipe.start == "auto" and student.config.hidden_size == teacher.dim):
+        sample = texts.held_out[:256]
+        student.start_projection(projection.components, sample, projected.encode(sample))
+
+    fidelity = FidelityEvaluator(texts.held_out, cache.encode(texts.held_out), recipe.dims)
+    report.evaluators = [fidelity, *([sts] if sts else [])]
+    with report.timed("evaluation"):
+        report.add("teacher", cache.encode, teacher.num_parameters, teacher.dim, prefixes=False)
+        report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)
+        report.add("untrained student", student.encode, student.num_parameters(), recipe.dim)
+
+    trainer = DistillationTrainer(
+        model=student,
+        args=args,
+        train_dataset=texts.train,
+        teacher=projected,
+        loss=HPDLoss(normalize=recipe.normalize_loss),
+        evaluators=[fidelity],
+    )
+    with report.timed("training"):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.save_model()
+    with report.timed("evaluation"):
+        report.add("student", student.encode, student.num_parameters(), recipe.dim)
+    print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), projection=projection.facts()))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
