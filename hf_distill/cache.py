@@ -32,6 +32,14 @@ _RESIDENT_BYTES = 32 << 20  # pages a reader may keep mapped before it lets go o
 _PAGES_PER_FAULT_BYTES = 64 << 10  # what Linux maps around one touched page
 
 
+def process_state() -> PartialState:
+    """Return which process of how many this is; with gloo where there is no accelerator.
+
+    Without cpu=True Accelerate 1.15 takes every process of a launch on a CPU for the only one, and all would write.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def keys_of(texts: Iterable[str], first_row: int = 0) -> np.ndarray:
     """Return the content keys, [N] of 16 bytes.
 
@@ -134,21 +142,18 @@ class TeacherCache(Teacher):
 
     def _attach(self, folder: Path, settings: dict[str, Any] | None) -> None:
         self.folder = folder
-        state = PartialState()
+        state = process_state()
         path = folder / "manifest.json"
-        if settings is not None and not path.exists():
-            if state.is_main_process:
-                _require_writable(folder)
+        if settings is not None and state.is_main_process:
+            _require_writable(folder)
+            if not path.exists():
                 _write(path, json.dumps({"format": _FORMAT, **settings, "adds": []}, indent=1).encode())
-            state.wait_for_everyone()
+        state.wait_for_everyone()
         self._load()
         if settings is None:
             return
-        _require_writable(folder)
-        have = {**self._manifest, **self._manifest["fingerprint"]}
-        want = {**settings, **settings["fingerprint"]}
-        fixed = {"shard_size", "batch_size", "fingerprint", "teacher"}
-        changed = [f"{key}: {have.get(key)!r} there, {want[key]!r} now" for key in want if key not in fixed and have.get(key) != want[key]]
+        have, want = ({"dim": m["dim"], "cache dtype": m["dtype"], **m["fingerprint"]} for m in (self._manifest, settings))
+        changed = [f"{key}: {have.get(key)!r} there, {want[key]!r} now" for key in want if have.get(key) != want[key]]
         if changed:
             raise ValueError(
                 f"TeacherCache: {folder} holds targets of {self._manifest['teacher']} made otherwise ({'; '.join(changed)}), "
@@ -211,7 +216,7 @@ class TeacherCache(Teacher):
         return self._add(columns, lambda texts, _: self._live.encode(texts, batch, show_progress_bar=False))
 
     def _add(self, columns: Iterable[Iterable[str]], encode: Callable[[list[str], np.ndarray], Tensor]) -> int:
-        state = PartialState()
+        state = process_state()
         if state.is_main_process:
             self._drop_damaged()
         state.wait_for_everyone()
@@ -278,13 +283,14 @@ class TeacherCache(Teacher):
                 f"TeacherCache: {total} texts need {need >> 20} MB in {self.folder}, but {free >> 20} MB are free. The build "
                 "would stop half-way. Free space, or use another folder",
             )
-        step = max(len(sample) // 64, 1)
-        sample, rows = sample[::step][:64], np.array(rows[::step][:64], dtype=np.int64)
-        if sample and PartialState().is_main_process:
-            encode(sample[:8], rows[:8])
+        # Four batches' worth, so that they are sorted by length as a shard is; twice, for the first pass sets kernels up.
+        step = max(len(sample) // 256, 1)
+        sample, rows = sample[::step][:256], np.array(rows[::step][:256], dtype=np.int64)
+        if total > 10 * len(sample) and process_state().is_main_process:
+            encode(sample, rows)
             started = time.perf_counter()
             encode(sample, rows)
-            minutes = (time.perf_counter() - started) * total / len(sample) / 60 / PartialState().num_processes
+            minutes = (time.perf_counter() - started) * total / len(sample) / 60 / process_state().num_processes
             logger.info(f"TeacherCache: {total} new texts, {need >> 20} MB in {self.folder}, about {minutes:.1f} minutes.")
         return total
 

@@ -128,7 +128,9 @@ class StudentModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"^projection\."]  # read from 2_Dense/, strictly, in from_pretrained
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        attention = config._attn_implementation
         super().__init__(config)
+        config._attn_implementation = attention  # what the user asked for: the backbone decides what it supports
         settings = config.hf_distill
         self.settings: dict[str, Any] = settings
         self.backbone = AutoModel.from_config(config, trust_remote_code=False)

@@ -151,10 +151,9 @@ class EncoderTeacher(Teacher):
                 for key, value in sorted(module.state_dict().items()):
                     weights.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
                     weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            words = json.dumps([sorted(self.tokenizer.get_vocab().items()), str(self.tokenizer)])
             self._fingerprint = {
                 "weights": weights.hexdigest(),
-                "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+                "tokenizer": _tokenizer_digest(self.tokenizer),
                 "prompt": self.prompt,
                 "pooling": self.pooling,
                 "heads": [str(head[1]) for head in self.heads],
@@ -210,6 +209,15 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> 
         ) from error
 
 
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for state in ("truncation", "padding"):  # set by the last call, not by the tokenizer's makers
+        rules.pop(state, None)
+    words = [type(tokenizer).__name__, rules, sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool | None) -> dict[str, Any]:
     """Return what modules.json and its neighbours say of how a text becomes a vector."""
     layout: dict[str, Any] = {"path": "", "pooling": pooling, "normalize": normalize, "dense": [], "prompt": ""}
@@ -230,8 +238,9 @@ def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool |
     found_normalize = False
     for position, module in enumerate(modules):
         kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
-        if (kind == "Transformer") != (position == 0) or (found_normalize and kind != "Normalize"):
-            kind = f"{kind} at position {position}"
+        early = kind == "Dense" and layout["pooling"] is None
+        if (kind == "Transformer") != (position == 0) or found_normalize or early:
+            kind = f"{kind} out of order"
         if kind == "Transformer":
             settings = _read_json(folder / path / "sentence_bert_config.json")
             layout |= {"path": path, "max_length": settings.get("max_seq_length")}

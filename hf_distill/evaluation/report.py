@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
+from ..cache import process_state
 from ..layout import check_layout
 
 
@@ -56,7 +56,7 @@ class RunReport:
             prefixes: Whether its first dimensions are an embedding of their own.
         """
         scores: dict[str, float] = {}
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             for evaluator in self.evaluators:
                 scores |= evaluator(encode)
         scores = {key: value for key, value in scores.items() if prefixes or "@" not in key}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models made in memory; no network, no GPU. Every fixture folder is as a real one on the Hub would be."""
+
+import os
+import tempfile
+
+
+# Before the first import: a call to the Hub fails at once, and nothing of the user's cache is read or written.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-distill-tests-")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+
+disable_progress_bars()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+WORDS = "a cat dog sat ran on the mat rug tree quick brown fox jumps over lazy sea sky blue red old new house".split()
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+_SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+BACKBONES = {
+    "bert": _SIZE,
+    "mpnet": _SIZE,
+    "roberta": {**_SIZE, "max_position_embeddings": 42},
+    "xlm-roberta": {**_SIZE, "max_position_embeddings": 42},
+    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32},
+    "modernbert": {**_SIZE, "global_attn_every_n_layers": 2, "local_attention": 8},
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", words["<s>"]), ("</s>", words["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_backbone(folder, kind: str = "bert", seed: int = 0, **changes) -> str:
+    """Write a random tiny encoder with its tokenizer, as `AutoModel` opens it; weights large enough to tell texts apart."""
+    options = {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 40, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **{**options, **BACKBONES[kind], **changes})
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def make_texts(count: int, seed: int = 0, longest: int = 14) -> list[str]:
+    """Return distinct sentences of 2 to `longest` words."""
+    rng = random.Random(seed)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        texts[" ".join(rng.choices(WORDS, k=rng.randint(2, longest)))] = None
+    return list(texts)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory) -> str:
+    return make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory) -> str:
+    """A teacher of 24 dimensions in sentence-transformers' layout: Transformer, mean Pooling, Dense with tanh, Normalize."""
+    from hf_distill import StudentModel
+
+    folder = tmp_path_factory.mktemp("teacher")
+    source = make_backbone(tmp_path_factory.mktemp("teacher-backbone"), seed=7)
+    torch.manual_seed(7)
+    model = StudentModel.from_backbone(source, projection_dim=24, activation="tanh")
+    with torch.no_grad():
+        model.projection.weight.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(96)
+
+
+@pytest.fixture
+def dataset(texts) -> Dataset:
+    return Dataset.from_dict({"text": texts})
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder):
+    from hf_distill import EncoderTeacher
+
+    return EncoderTeacher(teacher_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def cache(teacher, texts, tmp_path):
+    from hf_distill import TeacherCache
+
+    cache = TeacherCache(teacher, tmp_path / "cache", dtype="float32", shard_size=20, batch_size=8)
+    cache.add(texts)
+    return cache
+
+
+@pytest.fixture
+def student(backbone_folder):
+    from hf_distill import StudentModel
+
+    torch.manual_seed(0)
+    return StudentModel.from_backbone(backbone_folder, projection_dim=24, dropout=0.0)
