@@ -164,7 +164,7 @@ class EncoderTeacher(Teacher):
             }
         return self._fingerprint
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a live teacher's targets go into a loss that is differentiated
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return [N, dim], float32 on the CPU."""
 

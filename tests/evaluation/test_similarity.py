@@ -1,0 +1,270 @@
+import gzip
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from hf_distill.evaluation import similarity
+from hf_distill.evaluation.metrics import cosine_spearman as cosine_spearman_file
+from hf_distill.evaluation.metrics import embedding_fidelity as embedding_fidelity_file
+from hf_distill.evaluation.metrics.cosine_spearman import cosine_spearman
+from hf_distill.evaluation.metrics.embedding_fidelity import embedding_fidelity
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, FidelityEvaluator, STSEvaluator
+
+
+COSINES = (0.1, 0.2, 0.4, 0.9)
+# What people say of the four pairs, and 100 times Spearman's correlation with COSINES, by hand.
+TIES = 100 * 3 / math.sqrt(4.5 * 5)  # ranks 1.5, 3, 1.5, 4 and 1, 2, 3, 4: covariance 3, variances 4.5 and 5
+HUMAN = {
+    "STS12": ([0.0, 1.0, 2.5, 5.0], 100.0),
+    "STS13": ([5.0, 2.5, 1.0, 0.0], -100.0),
+    "STS14": ([2, 1, 3, 4], 80.0),
+    "STS15": ([2, 1, 4, 3], 60.0),
+    "STS16": ([3, 4, 1, 2], -60.0),
+    "STS-B": ([4, 1, 2, 3], -20.0),
+    "SICK-R": ([1, 1, 2, 3], None),
+}
+RNG = np.random.default_rng(0)
+
+
+def write_sets(folder: Path) -> Path:
+    """Write seven sets of four pairs; the first sentence is the same in all of them."""
+    for name, (file, _) in STS_SETS.items():
+        rows = [f"the sea\t{name} number {i}\t{score}" for i, score in enumerate(HUMAN[name][0])]
+        content = "\n".join(["sentence1\tsentence2\tscore", *rows, ""])
+        (folder / f"{file}.tsv.gz").write_bytes(gzip.compress(content.encode()))
+    return folder
+
+
+def encode(texts: list[str]) -> np.ndarray:
+    """Give "the sea" (2, 0, 0) and the i-th other sentence a vector at COSINES[i] to it; lengths differ."""
+
+    def vector(text):
+        if text == "the sea":
+            return [2.0, 0.0, 0.0]
+        i = int(text[-1])
+        return [(i + 1) * COSINES[i], (i + 1) * math.sqrt(1 - COSINES[i] ** 2), 0.0]
+
+    return np.array([vector(text) for text in texts], np.float32)
+
+
+def naive_spearman(a, b) -> float:
+    return 100 * np.corrcoef(scipy.stats.rankdata(a), scipy.stats.rankdata(b))[0, 1]
+
+
+def cosine(a, b) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+# STS
+
+
+def test_each_set_has_its_own_score_and_the_average_counts_each_once(tmp_path):
+    scores = STSEvaluator(write_sets(tmp_path))(encode)
+    ties = naive_spearman(COSINES, HUMAN["SICK-R"][0])
+    assert ties == pytest.approx(100 * 4.5 / math.sqrt(4.5 * 5))  # ranks 1.5, 1.5, 3, 4 and 1, 2, 3, 4
+    expected = {f"sts_{name}": ties if value is None else value for name, (_, value) in HUMAN.items()}
+    expected["sts_avg"] = (100 - 100 + 80 + 60 - 60 - 20 + ties) / 7
+    assert scores == pytest.approx(expected)
+    assert all(type(value) is float for value in scores.values())
+
+
+def test_tied_scores_share_their_rank():
+    first = np.tile([1.0, 0.0], (4, 1))
+    second = np.array([[c, math.sqrt(1 - c * c)] for c in COSINES])
+    assert cosine_spearman(first, second, [1, 2, 1, 3]) == pytest.approx(TIES)
+    assert cosine_spearman(7 * first, second, [1, 2, 1, 3]) == pytest.approx(TIES)  # lengths do not matter
+
+
+def test_first_dimensions_are_scored_as_embeddings_of_their_own(tmp_path):
+    evaluator = STSEvaluator(write_sets(tmp_path), dims=[2, 5, 8, 9])
+    vectors = {text: RNG.normal(size=8) for text in evaluator.texts()}
+    scores = evaluator(lambda texts: np.stack([vectors[text] for text in texts]))
+    for dim in (2, 5, 8):
+        expected = []
+        for name, (human, _) in HUMAN.items():
+            pairs = [("the sea", f"{name} number {i}") for i in range(4)]
+            expected.append(naive_spearman([cosine(vectors[a][:dim], vectors[b][:dim]) for a, b in pairs], human))
+        assert scores[f"sts_avg@{dim}"] == pytest.approx(np.mean(expected)), dim
+    assert scores["sts_avg@8"] == scores["sts_avg"] != scores["sts_avg@2"]
+    assert "sts_avg@9" not in scores  # there are only eight
+    assert len(scores) == 7 + 1 + 3
+
+
+def test_every_sentence_is_encoded_once(tmp_path):
+    calls = []
+    evaluator = STSEvaluator(write_sets(tmp_path))
+    evaluator(lambda texts: calls.append(texts) or encode(texts))
+    assert len(calls) == 1
+    assert len(calls[0]) == len(set(calls[0])) == 7 * 4 + 1
+    assert calls[0] == evaluator.texts()
+
+
+def test_a_missing_set_is_refused(tmp_path):
+    (write_sets(tmp_path) / "sts14.tsv.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0 files sts14\.\* in .*'sts13.tsv.gz'.*read as the mean of all sets"):
+        STSEvaluator(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"0 files sts12\.\* in .*no folder"):
+        STSEvaluator(tmp_path / "nowhere")
+
+
+def test_two_files_of_one_set_are_refused(tmp_path):
+    (write_sets(tmp_path) / "stsb-test.csv").write_text("sentence1,sentence2,score\n")
+    with pytest.raises(FileNotFoundError, match=r"2 files stsb-test\.\*"):
+        STSEvaluator(tmp_path)
+
+
+def test_a_set_without_scores_is_refused(tmp_path):
+    (write_sets(tmp_path) / "sts16.tsv.gz").write_bytes(gzip.compress(b"sentence1\ts2\tgold\na\tb\t1\n"))
+    with pytest.raises(ValueError, match=r"STS16 has columns \['sentence1', 's2', 'gold'\], .*\['score', 'sentence2'\]"):
+        STSEvaluator(tmp_path)
+
+
+def test_other_sets_can_be_scored_in_any_format(tmp_path):
+    rows = [f'{{"sentence1": "the sea", "sentence2": "n {i}", "score": {4 - i}}}' for i in range(4)]
+    (tmp_path / "stsb-dev.jsonl").write_text("\n".join(rows))
+    assert STSEvaluator(tmp_path, sets=STS_DEV_SETS)(encode) == pytest.approx({"sts_STS-B dev": -100, "sts_avg": -100})
+
+
+def test_sets_from_the_hub_are_asked_for_by_their_id():
+    with pytest.raises(FileNotFoundError, match=r"mteb/sts12-sts.*split 'test'"):
+        STSEvaluator()
+
+
+def test_the_dev_set_from_the_hub_is_not_the_test_set(monkeypatch):
+    asked = []
+
+    def load(source, split="train", **options):
+        asked.append((source, split))
+        return similarity_rows
+
+    similarity_rows = __import__("datasets").Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]})
+    monkeypatch.setattr(similarity, "load_texts", load)
+    STSEvaluator(sets=STS_DEV_SETS)
+    STSEvaluator()
+    assert asked[0] == ("mteb/stsbenchmark-sts", "validation")
+    assert asked[1:] == [(hub_id, "test") for _, hub_id in STS_SETS.values()]
+
+
+# Fidelity
+
+
+def turned(vectors: np.ndarray) -> np.ndarray:
+    rotation, _ = np.linalg.qr(RNG.normal(size=(vectors.shape[1], vectors.shape[1])))
+    return vectors @ rotation
+
+
+def on_a_circle(*degrees: float) -> np.ndarray:
+    angles = np.radians(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+# Nearest neighbours 1, 0, 1, 2 and 1, 2, 1, 2: three of four agree. The six angles between pairs (01, 02, 03, 12, 13, 23)
+# are 10, 44, 90, 34, 80, 46 and 40, 51, 90, 11, 50, 39; ranks 1, 3, 6, 2, 5, 4 and 3, 5, 6, 1, 4, 2: squared
+# differences sum to 14, so Spearman's correlation is 1 - 6 * 14 / 210.
+TEACHER, STUDENT = on_a_circle(0, 10, 44, 90), on_a_circle(0, 40, 51, 90)
+BY_HAND = {"fidelity_spearman": 60.0, "fidelity_neighbours": 75.0}
+
+
+@pytest.mark.parametrize("change", [lambda x: x, turned, lambda x: x * RNG.uniform(0.1, 9, (len(x), 1))])
+def test_the_teacher_itself_turned_or_stretched_agrees_wholly(change):
+    vectors = RNG.normal(size=(40, 6))
+    scores = embedding_fidelity(change(vectors), vectors)
+    assert scores == pytest.approx({"fidelity_spearman": 100, "fidelity_neighbours": 100}, abs=1e-3)
+
+
+def test_scores_are_those_by_hand():
+    assert embedding_fidelity(STUDENT, TEACHER, neighbours=1) == pytest.approx(BY_HAND)
+
+
+def test_scores_equal_a_naive_derivation():
+    student, teacher = RNG.normal(size=(25, 3)), RNG.normal(size=(25, 7))
+    near, cosines = [], []
+    for vectors in (student, teacher):
+        matrix = [[cosine(a, b) for b in vectors] for a in vectors]
+        near.append([sorted((j for j in range(25) if j != i), key=lambda j: -matrix[i][j])[:4] for i in range(25)])
+        cosines.append([matrix[i][j] for i in range(25) for j in range(i)])
+    shared = sum(len(set(a) & set(b)) for a, b in zip(*near, strict=True)) / (25 * 4)
+    expected = {"fidelity_spearman": naive_spearman(*cosines), "fidelity_neighbours": 100 * shared}
+    assert embedding_fidelity(student, teacher, neighbours=4) == pytest.approx(expected, abs=1e-3)
+
+
+def test_too_few_texts_are_refused():
+    vectors = RNG.normal(size=(12, 4))
+    embedding_fidelity(vectors, vectors)
+    with pytest.raises(ValueError, match="11 student and 11 teacher vectors, expected as many of both and more than 11"):
+        embedding_fidelity(vectors[:11], vectors[:11])
+    with pytest.raises(ValueError, match="12 student and 11 teacher"):
+        embedding_fidelity(vectors, vectors[:11])
+
+
+def test_the_evaluator_encodes_the_held_out_texts_and_their_first_dimensions():
+    texts = [f"text {i}" for i in range(20)]
+    vectors, teacher = RNG.normal(size=(20, 6)), RNG.normal(size=(20, 9))
+    evaluator = FidelityEvaluator(texts, teacher, dims=[2, 7], neighbours=3)
+    scores = evaluator(lambda asked: vectors if asked == texts else None)
+    whole, cut = embedding_fidelity(vectors, teacher, 3), embedding_fidelity(vectors[:, :2], teacher, 3)
+    assert scores == {**whole, **{f"{name}@2": value for name, value in cut.items()}}
+    assert whole["fidelity_spearman"] != cut["fidelity_spearman"]
+
+
+def test_students_and_teachers_are_scored_as_they_are(student, cache, texts):
+    scores = FidelityEvaluator(texts, cache.encode(texts), dims=[8])(student.encode)
+    assert list(scores) == ["fidelity_spearman", "fidelity_neighbours", "fidelity_spearman@8", "fidelity_neighbours@8"]
+    assert FidelityEvaluator(texts, cache.encode(texts))(cache.encode)["fidelity_neighbours"] == 100
+
+
+# As modules of `evaluate`
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """`evaluate.load`, with every connection refused."""
+    import evaluate
+
+    def refuse(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return lambda module, **options: evaluate.load(module.__file__, **options)
+
+
+def test_the_sts_metric_opens_from_its_file(load):
+    metric = load(cosine_spearman_file)
+    assert not type(metric).__module__.startswith("hf_distill")  # a copy of the file, which therefore stands alone
+    pairs = [[[1.0, 0.0], [c, math.sqrt(1 - c * c)]] for c in COSINES]
+    assert metric.compute(predictions=pairs, references=[1, 2, 1, 3]) == {"cosine_spearman": pytest.approx(TIES)}
+
+
+def test_the_fidelity_metric_opens_from_its_file_and_takes_its_option(load):
+    metric = load(embedding_fidelity_file)
+    assert not type(metric).__module__.startswith("hf_distill")
+    found = metric.compute(predictions=STUDENT.tolist(), references=TEACHER.tolist(), neighbours=1)
+    assert found == pytest.approx(BY_HAND)
+
+
+def test_metrics_can_be_fed_in_batches(load):
+    metric = load(embedding_fidelity_file, keep_in_memory=True)
+    for rows in (slice(0, 3), slice(3, 4)):
+        metric.add_batch(predictions=STUDENT[rows].tolist(), references=TEACHER[rows].tolist())
+    assert metric.compute(neighbours=1) == pytest.approx(BY_HAND)
+
+
+@pytest.mark.parametrize("missing", ["evaluate", "scipy"])
+def test_without_the_extra_the_message_names_it(missing):
+    script = (
+        "import sys, types\n"
+        "sys.modules['evaluate'] = types.ModuleType('evaluate')\n"  # the real one takes ten seconds
+        f"sys.modules[{missing!r}] = None\n"
+        "import hf_distill.evaluation"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    message = f"ImportError: hf_distill.evaluation needs {missing}. Install it with: pip install 'hf_distill[eval]'"
+    assert done.stderr.strip().splitlines()[-1] == message

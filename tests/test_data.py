@@ -1,0 +1,407 @@
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from conftest import make_texts, make_tokenizer
+from datasets import Dataset, IterableDataset
+
+from hf_distill.data import (
+    DistillationCollator,
+    LengthGroupedSampler,
+    TrainingTexts,
+    find_leaks,
+    load_texts,
+    normal_form,
+    require_texts,
+    text_columns,
+    tokenize,
+)
+
+
+# Ids of make_tokenizer: <pad> 0, <s> 1, </s> 2, <unk> 3; a 5, cat 6, dog 7, sat 8.
+ROWS = {"first": ["a cat", "dog"], "second": ["a dog sat", "a whale"], "score": [0.5, 1.0]}
+
+
+def write(path, content: str):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content.encode()))
+    else:
+        path.write_text(content, encoding="utf-8")
+    return path
+
+
+# load_texts
+
+EXPECTED = [{"text": 'the "old house', "more": "é"}, {"text": "a, b", "more": "the sea"}]
+CONTENT = {
+    "tsv": 'text\tmore\nthe "old house\té\na, b\tthe sea\n',
+    "csv": 'text,more\n"the ""old house",é\n"a, b",the sea\n',
+    "jsonl": "\n".join(json.dumps(row) for row in EXPECTED),
+    "json": json.dumps(EXPECTED),
+}
+
+
+@pytest.mark.parametrize("kind", [*CONTENT, "tsv.gz", "csv.gz", "jsonl.gz"])
+def test_a_file_of_every_kind_gives_the_same_rows(kind, tmp_path):
+    path = write(tmp_path / f"texts.{kind}", CONTENT[kind.removesuffix(".gz")])
+    assert load_texts(path).to_list() == EXPECTED
+
+
+def test_parquet_gives_the_same_rows(tmp_path):
+    Dataset.from_list(EXPECTED).to_parquet(tmp_path / "texts.parquet")
+    assert load_texts(str(tmp_path / "texts.parquet")).to_list() == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz"])
+def test_a_text_file_has_a_text_a_line(kind, tmp_path):
+    path = write(tmp_path / f"texts.{kind}", "the \"old house\na, b\tc\n'the sea'\n")
+    assert load_texts(path).to_dict() == {"text": ['the "old house', "a, b\tc", "'the sea'"]}
+
+
+def test_quotation_marks_in_tsv_swallow_no_rows(tmp_path):
+    path = write(tmp_path / "texts.tsv", 'text\tscore\n"the sea\t1\nthe "sky\t2\nthe mat"\t3\n"a cat"\t4\n')
+    assert load_texts(path)["text"][:] == ['"the sea', 'the "sky', 'the mat"', '"a cat"']
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_words_that_mean_missing_to_pandas_stay_texts(kind, tmp_path):
+    words = ["null", "NA", "None", "nan", "a cat"]
+    path = write(tmp_path / f"texts.{kind}", "\n".join(["text", *words]))
+    assert load_texts(path)["text"][:] == words
+
+
+def test_streaming_gives_the_same_rows(tmp_path):
+    stream = load_texts(write(tmp_path / "texts.tsv", CONTENT["tsv"]), streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == EXPECTED
+
+
+def test_a_folder_gives_its_files_in_order_of_name_and_other_files_do_not_matter(tmp_path):
+    for name in ("b.tsv", "a.tsv.gz", "README.md"):
+        write(tmp_path / name, f"text\n{name}\n")
+    assert load_texts(tmp_path)["text"][:] == ["a.tsv.gz", "b.tsv"]
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path):
+    write(tmp_path / "a.tsv", "text\na\n")
+    write(tmp_path / "b.jsonl.gz", '{"text": "b"}')
+    with pytest.raises(FileNotFoundError, match=r"holds files of 2 kinds \['jsonl', 'tsv'\].*Name one file"):
+        load_texts(tmp_path)
+
+
+def test_a_file_of_unknown_kind_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"kinds \['None'\], expected one of .*'parquet'"):
+        load_texts(write(tmp_path / "texts.docx", "text"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds files of 0 kinds"):
+        load_texts(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["nobody/there-is-no-such-set", "texts.tsv"])
+def test_what_is_nowhere_is_refused_with_the_remedy(name):
+    with pytest.raises(FileNotFoundError, match=f"load_texts: {name} is neither .*hf download --repo-type dataset {name}"):
+        load_texts(name)
+
+
+# Columns and texts
+
+
+def test_label_and_score_are_left_out_and_the_order_stays():
+    columns = ("score", "b", "label", "a", "scores", "labels")
+    assert text_columns(Dataset.from_dict({name: ["x"] for name in columns})) == ["b", "a"]
+
+
+def test_named_columns_are_taken_in_the_order_named():
+    dataset = Dataset.from_dict({"a": ["x"], "b": ["x"], "label": ["x"], "id": [1]})
+    assert text_columns(dataset, ["label", "a"]) == ["label", "a"]
+
+
+def test_a_stream_without_features_is_asked_for_its_first_row():
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "a cat", "score": 1.0}]))
+    assert stream.column_names is None
+    assert text_columns(stream) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        ({"sentence1": ["x"]}, ["sentense1"], r"'sentense1' is not in the data set.*Did you mean 'sentence1'\?"),
+        ({"text": ["x"]}, ["zzz"], r"'zzz' is not in the data set, expected one of \['text'\]\. Set text_columns"),
+        ({"a": ["x"], "id": [3], "b": ["x"]}, None, r"'id' is of type Value\('int64'\).*--text_columns a b$"),
+        ({"a": [["x"]]}, None, "'a' is of type List.*expected strings"),
+        ({"label": ["x"], "score": [1.0]}, None, r"only \['label', 'score'\], expected a text column"),
+    ],
+)
+def test_columns_that_are_no_text_are_refused(columns, names, message):
+    with pytest.raises(ValueError, match=message):
+        text_columns(Dataset.from_dict(columns), names)
+
+
+def test_empty_and_missing_texts_are_refused_with_their_rows():
+    texts = ["a cat"] * 1500
+    dataset = Dataset.from_dict({"a": texts, "b": texts})
+    require_texts(dataset, ["a", "b"])
+    for row, value in ((2, ""), (7, None), (1203, " \n")):
+        texts[row] = value
+    dataset = Dataset.from_dict({"a": ["a cat"] * 1500, "b": texts})
+    require_texts(dataset, ["a"])
+    with pytest.raises(ValueError, match=r"column 'b' has 3 empty or missing texts, in rows 2, 7, 1203, expected none"):
+        require_texts(dataset, ["a", "b"])
+
+
+def test_of_many_empty_texts_ten_rows_are_named():
+    with pytest.raises(ValueError, match="has 12 empty .* rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 …,"):
+        require_texts(Dataset.from_dict({"text": [""] * 12}), ["text"])
+
+
+def test_a_data_set_without_rows_is_refused():
+    with pytest.raises(ValueError, match="has no rows"):
+        require_texts(Dataset.from_dict({"text": []}), ["text"])
+
+
+# Tokens and batches
+
+
+def test_one_column_is_tokenized():
+    found = tokenize(Dataset.from_dict(ROWS), make_tokenizer(), ["first"], 40)
+    assert found.to_dict() == {
+        "first": ["a cat", "dog"],
+        "input_ids": [[[1, 5, 6, 2]], [[1, 7, 2]]],
+        "length": [4, 3],
+    }
+
+
+def test_two_columns_are_tokenized_side_by_side_and_the_longer_counts():
+    found = tokenize(Dataset.from_dict(ROWS), make_tokenizer(), ["first", "second"], 40)
+    assert found["input_ids"][:] == [[[1, 5, 6, 2], [1, 5, 7, 8, 2]], [[1, 7, 2], [1, 5, 3, 2]]]
+    assert found["length"][:] == [5, 4]
+    assert found.column_names == ["first", "second", "input_ids", "length"]
+
+
+def test_long_texts_are_cut():
+    found = tokenize(Dataset.from_dict(ROWS), make_tokenizer(), ["second"], 4)
+    assert found["input_ids"][:] == [[[1, 5, 7, 2]], [[1, 5, 3, 2]]]
+    assert found["length"][:] == [4, 4]
+
+
+def test_a_stream_is_tokenized_too():
+    dataset = Dataset.from_dict(ROWS)
+    expected = tokenize(dataset, make_tokenizer(), ["first", "second"], 40).to_list()
+    assert list(tokenize(dataset.to_iterable_dataset(), make_tokenizer(), ["first", "second"], 40)) == expected
+
+
+class ListedTeacher:
+    vectors = {"a cat": [1.0, 2.0], "dog": [3.0, 4.0], "a dog sat": [5.0, 6.0], "a whale": [7.0, 8.0]}
+
+    def encode(self, texts):
+        return torch.tensor([self.vectors[text] for text in texts])
+
+
+def test_a_batch_holds_all_columns_row_by_row_with_their_targets():
+    tokenizer = make_tokenizer()
+    rows = tokenize(Dataset.from_dict(ROWS), tokenizer, ["first", "second"], 40).to_list()
+    batch = DistillationCollator(tokenizer, ListedTeacher(), ["first", "second"])(rows)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[1, 5, 6, 2, 0], [1, 5, 7, 8, 2], [1, 7, 2, 0, 0], [1, 5, 3, 2, 0]],
+        "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+        "targets": [[[1, 2], [5, 6]], [[3, 4], [7, 8]]],
+    }
+
+
+def test_a_batch_of_one_column_keeps_the_axis_of_columns():
+    tokenizer = make_tokenizer()
+    rows = tokenize(Dataset.from_dict(ROWS), tokenizer, ["second"], 40).to_list()
+    batch = DistillationCollator(tokenizer, ListedTeacher(), ["second"])(rows)
+    assert batch["targets"].tolist() == [[[5, 6]], [[7, 8]]]
+    assert batch["input_ids"].tolist() == [[1, 5, 7, 8, 2], [1, 5, 3, 2, 0]]
+
+
+# Order
+
+
+def in_blocks(values, size):
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def padding(lengths, order, size):
+    blocks = [[lengths[i] for i in block] for block in in_blocks(order, size)]
+    return 1 - sum(map(sum, blocks)) / sum(len(block) * max(block) for block in blocks)
+
+
+@pytest.mark.parametrize(("rows", "block", "pool"), [(103, 8, 50), (103, 8, 2), (64, 8, 3), (5, 8, 50), (1, 1, 1), (9, 1, 4)])
+def test_every_row_comes_exactly_once(rows, block, pool):
+    sampler = LengthGroupedSampler([i % 7 for i in range(rows)], block, seed=3, pool=pool)
+    assert len(sampler) == rows
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert sorted(sampler) == list(range(rows))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
+    def order(seed, epoch):
+        sampler = LengthGroupedSampler(list(range(200)), 8, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = order(1, 0)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the global state
+    torch.manual_seed(5)
+    assert order(1, 0) == first
+    assert order(1, 1) != first
+    assert order(7, 0) != first
+    sampler = LengthGroupedSampler(list(range(200)), 8, 1)
+    list(sampler)
+    assert list(sampler) == first  # reading it once does not move it on
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_the_last_block_is_short(seed):
+    rng = random.Random(seed)
+    lengths = rng.sample(range(103), 103)  # each length once, so a whole block is 8 lengths in a row
+    blocks = in_blocks([lengths[i] for i in LengthGroupedSampler(lengths, 8, seed)], 8)
+    assert [len(block) for block in blocks] == [8] * 12 + [7]
+    assert all(max(block) - min(block) == len(block) - 1 for block in blocks)
+
+
+def test_there_is_much_less_padding_than_in_random_order():
+    rng = random.Random(0)
+    lengths = [min(256, int(rng.lognormvariate(3, 0.8)) + 2) for _ in range(4000)]
+    grouped = padding(lengths, list(LengthGroupedSampler(lengths, 16, 0)), 16)
+    at_random = padding(lengths, rng.sample(range(4000), 4000), 16)
+    assert at_random > 0.5
+    assert grouped < at_random / 5
+
+
+def test_blocks_are_shuffled_and_hold_other_rows_in_another_epoch():
+    lengths = [i // 4 for i in range(4000)]
+    sampler = LengthGroupedSampler(lengths, 16, 0, pool=20)
+    blocks = in_blocks(list(sampler), 16)
+    means = [sum(lengths[i] for i in block) / 16 for block in blocks]
+    rises = sum(a < b for a, b in zip(means, means[1:], strict=False))
+    assert 0.3 < rises / len(means) < 0.7  # from short to long, almost all would be rises
+    sampler.set_epoch(1)
+    assert not {frozenset(block) for block in blocks} & {frozenset(block) for block in in_blocks(list(sampler), 16)}
+
+
+# Leaks
+
+
+@pytest.mark.parametrize(
+    "text", ["the old house", "The Old House.", "the  old\thouse", "“The old-house”!", "THE_OLD HOUSE?", "theold house"]
+)
+def test_case_punctuation_and_white_space_do_not_hide_a_leak(text):
+    assert normal_form(text) == "theoldhouse"
+    assert find_leaks(Dataset.from_dict({"text": ["a cat", text]}), ["text"], ["The old house!"]) == ([1], [text])
+
+
+def test_every_column_is_searched_for_leaks_and_a_row_is_named_once():
+    dataset = Dataset.from_dict({"a": ["cat", "dog", "sea", "?!"], "b": ["Mat.", "sky", "Cat", "new"]})
+    rows, texts = find_leaks(dataset, ["a", "b"], ["cat", "MAT", "...", ""])
+    assert rows == [0, 2]
+    assert texts == ["cat", "Mat.", "Cat"]
+    assert find_leaks(dataset, ["b"], ["dog"]) == ([], [])
+
+
+@pytest.mark.parametrize("text", ["straße", "été", "猫が座る", "кошка 42"])
+def test_other_scripts_are_compared_too(text):
+    dataset = Dataset.from_dict({"text": ["a cat", f"{text.upper()}。"]})
+    assert find_leaks(dataset, ["text"], [text])[0] == [1]
+    assert find_leaks(dataset, ["text"], [text + " dog"])[0] == []
+
+
+# Splits
+
+
+def test_a_split_is_a_partition_of_what_does_not_leak():
+    texts = make_texts(200)
+    dataset = Dataset.from_dict({"text": [*texts, "A leaking text."], "score": [0.0] * 201})
+    split = TrainingTexts.split(dataset, held_out=30, leaks_from=["a LEAKING text", "not here"])
+    assert split.columns == split.train.column_names == ["text"]
+    assert split.leaked == ["A leaking text."]
+    assert len(split.held_out) == 30
+    assert sorted([*split.train["text"], *split.held_out]) == sorted(texts)
+    assert split.train["text"][:] != [text for text in texts if text not in split.held_out]  # shuffled
+
+
+def test_at_most_a_fifth_is_held_out():
+    split = TrainingTexts.split(Dataset.from_dict({"text": make_texts(50)}))
+    assert (len(split.held_out), len(split.train)) == (10, 40)
+    assert TrainingTexts.split(Dataset.from_dict({"text": make_texts(50)}), held_out=0).held_out == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_texts_are_in_no_other_row_and_no_other_column(seed):
+    rng = random.Random(seed)
+    words = ["cat", "Cat!", "dog", "sea", "sky", "mat", "rug", "tree"]
+    columns = {name: [f"{rng.choice(words)} {rng.choice(words)}" for _ in range(120)] for name in ("a", "b")}
+    split = TrainingTexts.split(Dataset.from_dict(columns), held_out=10, seed=seed)
+    held_out = {normal_form(text) for text in split.held_out}
+    assert len(split.held_out) == len(set(split.held_out)) > 5
+    assert set(split.held_out) <= set(columns["a"])
+    assert len(split.train) > 0
+    assert not held_out & {normal_form(text) for text in split.all()}
+
+
+def test_held_out_texts_without_a_letter_are_in_no_other_row_either():
+    split = TrainingTexts.split(Dataset.from_dict({"text": ["😀 😀", "…"] * 20 + make_texts(10)}), held_out=10)
+    assert {"😀 😀", "…"} & set(split.held_out)
+    assert not set(split.held_out) & set(split.all())
+
+
+def test_a_leaking_column_drops_the_whole_row():
+    dataset = Dataset.from_dict({"a": [f"cat {i}" for i in range(10)], "b": [f"dog {i}" for i in range(10)]})
+    split = TrainingTexts.split(dataset, held_out=0, leaks_from=["Dog 3", "cat 5"])
+    assert sorted(split.train["a"]) == [f"cat {i}" for i in range(10) if i not in (3, 5)]
+    assert sorted(split.leaked) == ["cat 5", "dog 3"]
+
+
+def test_a_sample_is_random_and_leaves_what_is_held_out_as_it_is():
+    dataset = Dataset.from_dict({"text": make_texts(200)})
+    whole = TrainingTexts.split(dataset, held_out=20)
+    sample = TrainingTexts.split(dataset, held_out=20, max_texts=60)
+    assert sample.held_out == whole.held_out
+    assert len(sample.train) == 60
+    rows = sorted(dataset["text"][:].index(text) for text in sample.train["text"])
+    assert len(set(rows)) == 60
+    assert rows[-1] > 150
+    assert rows[:3] != [0, 1, 2]
+    assert len(TrainingTexts.split(dataset, held_out=20, max_texts=10_000).train) == 180
+
+
+def test_the_same_seed_gives_the_same_split():
+    dataset = Dataset.from_dict({"text": make_texts(100)})
+    one, two, other = (TrainingTexts.split(dataset, held_out=20, max_texts=50, seed=seed) for seed in (1, 1, 2))
+    assert one.held_out == two.held_out
+    assert one.train["text"][:] == two.train["text"][:]
+    assert one.facts(None)["sha256"] == two.facts(None)["sha256"] != other.facts(None)["sha256"]
+    assert one.held_out != other.held_out
+
+
+def test_a_split_checks_columns_and_texts():
+    dataset = Dataset.from_dict({"text": ["a cat", " "]})
+    with pytest.raises(ValueError, match=r"1 empty or missing texts, in rows 1"):
+        TrainingTexts.split(dataset)
+    with pytest.raises(ValueError, match="'txt' is not in the data set"):
+        TrainingTexts.split(dataset, ["txt"])
+
+
+def test_facts_count_what_was_kept_and_what_was_not():
+    texts = make_texts(40)
+    split = TrainingTexts.split(Dataset.from_dict({"text": texts, "more": texts}), ["text"], 5, leaks_from=texts[:3])
+    facts = split.facts("some texts")
+    digest = facts.pop("sha256")
+    assert facts == {"name": "some texts", "rows": 32, "columns": ["text"], "held_out": 5, "leaked": 3}
+    assert len(digest) == 64
+
+
+def test_all_texts_come_column_after_column_and_boundaries_are_in_the_digest():
+    def texts(*rows):
+        return TrainingTexts(Dataset.from_dict({"a": rows, "b": rows[::-1]}), ["a", "b"], [], [])
+
+    assert list(texts("x", "y").all()) == ["x", "y", "y", "x"]
+    assert [column[:] for column in texts("x", "y").text_columns()] == [["x", "y"], ["y", "x"]]
+    assert texts("ab", "c").facts(None)["sha256"] != texts("a", "bc").facts(None)["sha256"]

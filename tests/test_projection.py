@@ -1,0 +1,121 @@
+import pytest
+import torch
+from conftest import make_texts
+
+from hf_distill import PCAProjection
+
+
+@pytest.fixture
+def vectors():
+    torch.manual_seed(0)
+    return torch.randn(200, 6) @ torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])) + torch.arange(6.0)
+
+
+def test_components_are_those_of_the_singular_value_decomposition(vectors):
+    fitted = PCAProjection.fit(vectors, 3)
+    centred = vectors.double() - vectors.double().mean(0)
+    _, values, right = torch.linalg.svd(centred, full_matrices=False)
+    for ours, theirs in zip(fitted.components.double(), right, strict=False):
+        assert abs(ours @ theirs).item() == pytest.approx(1, abs=1e-6)
+    assert torch.allclose(fitted.variance, values[:3] ** 2 / 200, rtol=1e-6)
+    assert fitted.explained_variance == pytest.approx((values[:3] ** 2).sum().item() / (values**2).sum().item(), rel=1e-6)
+
+
+def test_a_hand_computed_case():
+    points = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [6.0, 8.0], [-6.0, -8.0]])
+    fitted = PCAProjection.fit(points, 1)
+    assert torch.allclose(fitted.components, torch.tensor([[0.6, 0.8]]))
+    assert torch.allclose(fitted(points), torch.tensor([[5.0], [-5.0], [10.0], [-10.0]]))
+    assert fitted.explained_variance == pytest.approx(1)
+    assert fitted.variance.tolist() == pytest.approx([62.5])
+
+
+def test_rows_are_orthonormal_and_ordered(vectors):
+    fitted = PCAProjection.fit(vectors, 6)
+    assert torch.allclose(fitted.components @ fitted.components.T, torch.eye(6), atol=1e-6)
+    assert fitted.variance.tolist() == sorted(fitted.variance.tolist(), reverse=True)
+
+
+def test_streamed_equals_whole(cache):
+    streamed, whole = PCAProjection.fit(cache, 8), PCAProjection.fit(torch.cat(list(cache.blocks())), 8)
+    assert torch.allclose(streamed.components, whole.components, atol=1e-5)
+    assert torch.allclose(streamed.mean, whole.mean, atol=1e-6)
+
+
+def test_fit_is_exact_far_from_the_origin(vectors):
+    near, far = PCAProjection.fit(vectors, 2), PCAProjection.fit(vectors.double() + 1e4, 2)
+    assert torch.allclose(near.components, far.components, atol=1e-5)
+
+
+def test_without_centring_full_width_is_a_rotation(vectors):
+    projected = PCAProjection.fit(vectors, 6)(vectors)  # cosines stay what they were: the released code's variant
+    for a, b in ((vectors[0], vectors[1]), (vectors[5], vectors[9])):
+        i, j = (int((vectors == v).all(1).nonzero()) for v in (a, b))
+        assert torch.cosine_similarity(projected[i], projected[j], dim=0).item() == pytest.approx(
+            torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5
+        )
+
+
+def test_centring_subtracts_the_mean_before_the_projection(vectors):
+    plain, centred = PCAProjection.fit(vectors, 3), PCAProjection.fit(vectors, 3, center=True)
+    assert torch.allclose(centred(vectors).mean(0), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(centred(vectors), plain(vectors - vectors.mean(0)), atol=1e-4)
+    assert centred.fingerprint != plain.fingerprint
+
+
+def test_first_coordinates_are_the_smaller_pca(vectors):
+    assert torch.allclose(PCAProjection.fit(vectors, 5)(vectors)[:, :2], PCAProjection.fit(vectors, 2)(vectors), atol=1e-5)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_saved_with_the_student_and_read_again(center, vectors, student, tmp_path):
+    fitted = PCAProjection.fit(vectors, 3, center)
+    student.save_pretrained(tmp_path)
+    fitted.save_pretrained(tmp_path)
+    opened = PCAProjection.from_pretrained(tmp_path)
+    assert torch.equal(opened(vectors), fitted(vectors))
+    assert (opened.fingerprint, opened.center) == (fitted.fingerprint, center)
+    assert opened.explained_variance == fitted.explained_variance
+
+
+def test_projected_teacher_live_and_cached_agree(cache, teacher, texts):
+    projection = PCAProjection.fit(cache, 8)
+    live, cached = teacher.project(projection), cache.project(projection)
+    assert live.dim == cached.dim == 8
+    assert torch.allclose(live.encode(texts), cached.encode(texts), atol=1e-6)
+    assert torch.allclose(cached.encode(texts), cache.encode(texts) @ projection.components.T, atol=1e-6)
+    with pytest.raises(ValueError, match="no target"):
+        cached.require(["unheard of"])
+
+
+def test_a_projection_of_another_teacher_is_refused(vectors, cache):
+    with pytest.raises(ValueError, match="takes 6 dimensions, but teacher0 gives 24"):
+        cache.project(PCAProjection.fit(vectors, 3))
+
+
+def test_more_dimensions_than_the_teacher_has_are_refused(vectors):
+    with pytest.raises(ValueError, match="dim is 7, expected at most the teacher's 6"):
+        PCAProjection.fit(vectors, 7)
+
+
+def test_fewer_texts_than_dimensions_are_refused(vectors):
+    with pytest.raises(ValueError, match="2 texts for 3 dimensions"):
+        PCAProjection.fit(vectors[:2], 3)
+
+
+def test_nan_is_refused(vectors):
+    vectors[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        PCAProjection.fit(vectors, 3)
+
+
+def test_a_student_without_projection_is_refused(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="has no teacher_projection.safetensors"):
+        PCAProjection.from_pretrained(tmp_path)
+
+
+def test_blocks_of_given_texts_are_what_is_fitted(cache):
+    some = make_texts(96)[:40]
+    expected = PCAProjection.fit(cache.encode(some), 4)
+    assert torch.allclose(PCAProjection.fit(cache.blocks(some), 4).components, expected.components, atol=1e-5)

@@ -1,0 +1,371 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from hf_distill import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    HPDLoss,
+    PCAProjection,
+    StudentModel,
+    TeacherCache,
+)
+from hf_distill.data import LengthGroupedSampler
+from hf_distill.layout import check_layout
+from hf_distill.teachers import Teacher
+from hf_distill.trainer import claim_output_dir, last_checkpoint
+
+
+def make_student(folder, dropout=0.0, dim=24):
+    torch.manual_seed(0)
+    return StudentModel.from_backbone(folder, projection_dim=dim, dropout=dropout)
+
+
+@pytest.fixture
+def make(backbone_folder, cache, dataset, tmp_path):
+    """Return a trainer on the tiny things; keywords of the arguments, or model, teacher, evaluators, ..."""
+
+    def build(output="run", dropout=0.0, **options):
+        objects = ("model", "teacher", "loss", "evaluators", "train_dataset", "eval_dataset", "callbacks")
+        given = {key: options.pop(key) for key in objects if key in options}
+        settings = {"per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+        args = DistillationTrainingArguments(str(tmp_path / output), **{**settings, "use_cpu": True, **options})
+        defaults = {"model": None, "teacher": cache, "loss": HPDLoss(), "train_dataset": dataset}
+        given = {**defaults, **given}
+        given["model"] = given["model"] or make_student(backbone_folder, dropout)
+        return DistillationTrainer(args=args, **given)
+
+    return build
+
+
+def losses(trainer, key="loss"):
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def weights(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert len(a) > 10
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+class Steps(TrainerCallback):
+    """Records the steps that are really taken, and what the weights were before the first."""
+
+    def __init__(self):
+        self.steps, self.before = [], None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before = weights(model) if self.before is None else self.before
+        self.steps.append(state.global_step)
+
+
+def test_every_trainable_weight_moves_and_the_teacher_does_not(make, teacher, texts):
+    before, targets = None, teacher.encode(texts)
+    trainer = make(max_steps=3, teacher=teacher, learning_rate=1e-2, train_sampling_strategy="random")
+    before = weights(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(before[name], parameter) != parameter.requires_grad or "embeddings" in name, name
+    assert torch.equal(teacher.encode(texts), targets)
+
+
+def test_loss_falls_and_its_parts_and_the_padding_are_logged(make):
+    trainer = make(num_train_epochs=6, learning_rate=3e-3)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+    assert losses(trainer, "loss_mse") == pytest.approx(losses(trainer), rel=1e-5)
+    assert len(losses(trainer, "padding")) == 6 * 12
+    assert all(0 <= share < 0.5 for share in losses(trainer, "padding"))
+
+
+def test_length_grouping_is_the_default_and_saves_padding(make):
+    grouped, random = make("a"), make("b", train_sampling_strategy="random")
+    for trainer in (grouped, random):
+        trainer.train()
+    assert isinstance(grouped._get_train_sampler(), LengthGroupedSampler)
+    means = [sum(losses(t, "padding")) / len(losses(t, "padding")) for t in (grouped, random)]
+    assert means[0] < 0.3 * means[1]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])
+def test_batch_of_four_equals_two_accumulated_batches_of_two(strategy, make):
+    whole = make("a", per_device_train_batch_size=4, max_steps=6, train_sampling_strategy=strategy)
+    split = make(
+        "b",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        train_sampling_strategy=strategy,
+    )
+    for trainer in (whole, split):
+        trainer.train()
+    assert len(losses(whole)) == 6
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
+    assert losses(split, "grad_norm") == pytest.approx(losses(whole, "grad_norm"), rel=1e-3)
+    assert losses(split, "loss_mse") == pytest.approx(losses(whole, "loss_mse"), rel=1e-4)
+
+
+def test_a_full_precision_cache_on_the_same_batches_is_the_live_teacher(make, teacher, texts, tmp_path):
+    cache = TeacherCache(teacher, tmp_path / "same", dtype="float32", shard_size=8, batch_size=8)
+    cache.add(texts)
+    half = TeacherCache(teacher, tmp_path / "half", shard_size=8, batch_size=8)
+    half.add(texts)
+    live, cached, rounded = (
+        make(name, teacher=source, max_steps=12, train_sampling_strategy="sequential")
+        for name, source in (("a", teacher), ("b", cache), ("c", half))
+    )
+    for trainer in (live, cached, rounded):
+        trainer.train()
+    assert losses(cached) == losses(live)
+    assert_equal(weights(cached.model), weights(live.model))
+    assert losses(rounded) != losses(live)
+    assert losses(rounded) == pytest.approx(losses(live), rel=1e-3)
+
+
+def test_resumed_from_the_middle_of_epoch_two_equals_uninterrupted(make, backbone_folder):
+    options = {"dropout": 0.2, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 6, "save_total_limit": None}
+    whole = make("whole", **options)
+    whole.train()
+    assert whole.state.global_step == 36
+    watch = Steps()
+    torch.manual_seed(99)
+    other = StudentModel.from_backbone(backbone_folder, projection_dim=24, dropout=0.2)  # another random head
+    resumed = make("whole", model=other, callbacks=[watch], **options)
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-18"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert watch.steps == list(range(18, 36))
+    assert_equal(watch.before, weights(StudentModel.from_pretrained(checkpoint)))
+    assert_equal(weights(resumed.model), weights(whole.model))
+    assert losses(resumed)[-18:] == losses(whole)[-18:]
+
+
+def test_killed_save_is_not_taken_for_a_checkpoint(make):
+    trainer = make(max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()  # it is written last
+    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert last_checkpoint(folder / "nowhere") is None
+
+
+def falling_scores(scores):
+    values = iter(scores)
+    return lambda encode: {"quality": next(values), "width": encode(["a cat"]).shape[1]}
+
+
+def test_evaluators_choose_the_best_model(make):
+    trainer = make(
+        evaluators=[falling_scores([1.0, 9.0, 3.0])],
+        num_train_epochs=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="quality",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert [line["eval_quality"] for line in trainer.state.log_history if "eval_quality" in line] == [1, 9, 3]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-24")
+    best, last = (StudentModel.from_pretrained(f"{trainer.args.output_dir}/checkpoint-{n}") for n in (24, 36))
+    assert_equal(weights(trainer.model), weights(best))
+    assert not torch.equal(best.projection.weight, last.projection.weight)
+
+
+def test_evaluators_stop_early(make):
+    trainer = make(
+        evaluators=[falling_scores([5.0, 4.0, 3.0, 2.0])],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        num_train_epochs=9,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_quality",
+    )
+    trainer.train()
+    assert trainer.state.epoch == 3
+
+
+def test_evaluation_set_and_evaluators_together(make, texts):
+    trainer = make(eval_dataset=Dataset.from_dict({"text": texts[:10]}), evaluators=[falling_scores([1.0])])
+    metrics = trainer.evaluate()
+    student, teacher = trainer.model.eval(), trainer.teacher
+    inputs = student.tokenizer(texts[:10], padding=True, return_tensors="pt")
+    expected = HPDLoss()(student(**inputs).projected[:, None], teacher.encode(texts[:10])[:, None])["mse"].item()
+    # eval_loss is the mean over batches of 8 and 2, as the host weighs them by rows
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert (metrics["eval_quality"], metrics["eval_width"]) == (1.0, 24)
+
+
+def test_pairs_of_columns(make, cache, texts):
+    pairs = Dataset.from_dict({"anchor": texts[:48], "positive": texts[48:], "score": [0.5] * 48})
+    seen = []
+
+    class Shapes(HPDLoss):
+        def __call__(self, student, teacher):
+            seen.append((tuple(student.shape), tuple(teacher.shape)))
+            assert torch.allclose(teacher[0, 1], cache.encode([pairs["positive"][0]])[0], atol=1e-6)
+            return super().__call__(student, teacher)
+
+    trainer = make(train_dataset=pairs, loss=Shapes(), max_steps=1, train_sampling_strategy="sequential")
+    trainer.train()
+    assert trainer.columns == ["anchor", "positive"]
+    assert seen == [((8, 2, 24), (8, 2, 24))]
+
+
+def test_streams_train_with_max_steps(make, texts):
+    stream = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    trainer = make(train_dataset=stream, max_steps=4)
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        make(train_dataset=stream)
+
+
+def test_checkpoints_and_the_final_folder_are_whole_students(make, cache, backbone_folder):
+    projection = PCAProjection.fit(cache, 8)
+    student = make_student(backbone_folder, dim=8)
+    trainer = make(model=student, teacher=cache.project(projection), max_steps=2, save_strategy="epoch")
+    trainer.train()
+    trainer.save_model()
+    for folder in (Path(trainer.args.output_dir), Path(trainer.args.output_dir) / "checkpoint-2"):
+        check_layout(folder)
+        assert PCAProjection.from_pretrained(folder).fingerprint == projection.fingerprint
+        run = json.loads((folder / "distillation.json").read_text())
+        assert run["teacher"] == "teacher0"
+        assert run["teacher_fingerprint"]["projection"]["dim"] == 8
+
+
+@pytest.mark.slow
+def test_compiled_and_bf16_training(make):
+    for options in ({"bf16": True}, {"torch_compile": True}):
+        trainer = make(next(iter(options)), max_steps=3, learning_rate=1e-2, save_strategy="epoch", **options)
+        trainer.train()
+        assert len(losses(trainer)) == 3
+        check_layout(Path(trainer.args.output_dir) / "checkpoint-3")
+
+
+# Refusals
+
+
+def test_misspelt_column(make, dataset):
+    with pytest.raises(ValueError, match=r"text column 'txet' is not in the data set, expected one of \['text'\]. Did you"):
+        make(text_columns=["txet"])
+
+
+def test_empty_data_set(make, dataset):
+    with pytest.raises(ValueError, match="the data set has no rows"):
+        make(train_dataset=dataset.select([]))
+
+
+def test_empty_texts_are_named(make, texts):
+    rows = [*texts[:3], "", *texts[3:5], None]
+    with pytest.raises(ValueError, match="column 'text' has 2 empty or missing texts, in rows 3, 6, expected none"):
+        make(train_dataset=Dataset.from_dict({"text": rows}))
+
+
+def test_texts_without_target(make, texts):
+    with pytest.raises(ValueError, match=r"no target for 1 of the texts.*'never cached'"):
+        make(train_dataset=Dataset.from_dict({"text": [*texts, "never cached"]}))
+
+
+def test_damaged_cache_is_refused_before_the_first_step(make, cache):
+    path = sorted(cache.folder.glob("add*"))[2]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="is damaged"):
+        make(teacher=TeacherCache.open(cache.folder))
+
+
+def test_other_width_than_the_teacher(make, backbone_folder):
+    with pytest.raises(ValueError, match="student gives 8 dimensions, the teacher teacher0 24.*projection_dim=24"):
+        make(model=make_student(backbone_folder, dim=8))
+
+
+def test_folder_with_an_earlier_run(make):
+    make(max_steps=2, save_strategy="epoch").train()
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run.*resume_from_checkpoint=True"):
+        make(max_steps=2).train()
+
+
+def test_resume_of_another_run(make, teacher, cache):
+    make(max_steps=2, save_strategy="epoch").train()
+    with pytest.raises(ValueError, match=r"holds another run \(loss.normalize: False there, True now\)"):
+        make(max_steps=4, loss=HPDLoss(normalize=True)).train(resume_from_checkpoint=True)
+
+
+def test_claimed_folder(tmp_path, student):
+    claim_output_dir(tmp_path / "a", {"settings": {"dim": 8}})
+    claim_output_dir(tmp_path / "a", {"settings": {"dim": 8}})
+    with pytest.raises(ValueError, match=r"holds another run \(settings.dim: 8 there, 9 now\)"):
+        claim_output_dir(tmp_path / "a", {"settings": {"dim": 9}})
+    student.save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="holds a model that is not of this run"):
+        claim_output_dir(tmp_path / "b", {"settings": {}})
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="can't be written"):
+        claim_output_dir(tmp_path / "file" / "c", {})
+
+
+class NaNAfter(Teacher):
+    """A live teacher that gives NaN for one text."""
+
+    name, dim, fingerprint = "nan", 24, {}
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def encode(self, texts, batch_size=64, show_progress_bar=None):
+        return torch.stack([torch.full((24,), float("nan") if text == self.bad else 0.1) for text in texts])
+
+
+def test_nan_stops_training_and_keeps_the_last_good_checkpoint(make, texts):
+    trainer = make(
+        teacher=NaNAfter(texts[50]), train_sampling_strategy="sequential", save_strategy="steps", save_steps=2
+    )
+    with pytest.raises(FloatingPointError, match=r"at step 6 the loss is .*nan.*targets finite: False"):
+        trainer.train()
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    assert checkpoint.endswith("checkpoint-6")
+    kept = StudentModel.from_pretrained(checkpoint)
+    assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
+
+
+def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return type("Url", (), {"repo_id": f"me/{name}"})()
+
+        def upload_folder(self, folder_path, ignore_patterns=(), run_as_future=False, **options):
+            copy = Path(f"{folder_path}-pushed")
+            shutil.copytree(folder_path, copy, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True)
+            pushed.append(copy)
+            done = type("Done", (), {"done": lambda self: True, "result": lambda self: None})()
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make(
+        max_steps=2, save_strategy="steps", push_to_hub=True, hub_strategy="every_save", hub_token="hf_secret", save_steps=1
+    )
+    trainer.train()
+    assert len(pushed) == 2
+    check_layout(pushed[-1])
+    names = {path.name for path in pushed[-1].rglob("*")}
+    assert {"2_Dense", "modules.json", "student.py", "tokenizer.json", "distillation.json"} <= names
+    assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth"} & names
+    for path in [*pushed[-1].rglob("*"), *Path(trainer.args.output_dir).rglob("*")]:
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+    trainer.push_to_hub()
+    assert len(pushed) == 3
+    assert "teacher0" in (pushed[-1] / "README.md").read_text()
