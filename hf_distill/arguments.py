@@ -35,15 +35,14 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Rows a batch on each device."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."}
-    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."})
     logging_steps: float = field(
         default=50, metadata={"help": "Steps between two log lines; below 1: as a share of all steps."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep; the best one stays."})
     label_names: list[str] | None = field(
-        default_factory=lambda: ["targets"], metadata={"help": "What eval_loss is computed from: the teacher's targets."}
+        default_factory=lambda: ["targets"],
+        metadata={"help": "What eval_loss is computed from: the teacher's targets."},
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +72,10 @@ class RecipeArguments:
     teacher: str | None = field(default=None, metadata={"help": "Folder or Hub id; the embedded default if not given."})
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_pooling: str | None = field(
-        default=None, metadata={"help": "mean, cls or last, for a teacher without modules.json."}
+        default=None, metadata={"help": "mean, cls, last or pooler, for a teacher without modules.json."}
+    )
+    teacher_max_length: int | None = field(
+        default=None, metadata={"help": "Longest teacher input in tokens; as its repository says if not given."}
     )
     teacher_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
     backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
@@ -91,11 +93,13 @@ class RecipeArguments:
     texts: str | None = field(
         default=None, metadata={"help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id."}
     )
+    texts_subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call them, if not that."})
     max_texts: int | None = field(default=None, metadata={"help": "Train on a random sample of so many rows."})
     held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
     sts: str | None = field(
-        default=None, metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."}
+        default=None,
+        metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."},
     )
     dims: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "First dimensions of an embedding to score as well."}
@@ -103,6 +107,16 @@ class RecipeArguments:
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
     license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
+
+    def teacher_options(self) -> dict[str, Any]:
+        """Return what `EncoderTeacher` takes beside the name."""
+        options = {"revision": self.teacher_revision, "pooling": self.teacher_pooling}
+        return {**options, "max_length": self.teacher_max_length}
+
+    def student_options(self) -> dict[str, Any]:
+        """Return what `StudentModel.from_backbone` takes in every recipe."""
+        options = {"layers": self.layers, "max_length": self.max_length, "dropout": self.dropout}
+        return {**options, "attn_implementation": self.attention}
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that make it this run and no other."""
@@ -127,7 +141,11 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **default
     parser.add_argument("--config", help="YAML file of settings; flags win over it.")
     parser.set_defaults(**defaults)
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config if "--config" in " ".join(argv) else None
+    config = (
+        parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
+        if "--config" in " ".join(argv)
+        else None
+    )
     if config:
         if not Path(config).is_file():
             raise FileNotFoundError(f"--config: {config} is not there, expected a YAML file of settings.")

@@ -3,7 +3,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -16,16 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors.numpy import save
 from torch import Tensor
 from transformers.utils import logging
 
+from .shards import (
+    KEY,
+    KeySet,
+    find,
+    holds,
+    is_whole,
+    keys_of,
+    npy_bytes,
+    read_header,
+    read_tensor,
+    shard_bytes,
+    write_whole,
+)
 from .teachers import Teacher
 
 
 logger = logging.get_logger(__name__)
 
-KEY = np.dtype("S16")  # 128 bits of BLAKE2b: among 10^9 texts a collision has a chance of 10^-21
 _FORMAT = 1
 _WINDOW = 4096  # texts hashed at a time
 _RESIDENT_BYTES = 32 << 20  # pages a reader may keep mapped before it lets go of all
@@ -38,23 +48,6 @@ def process_state() -> PartialState:
     Without cpu=True Accelerate 1.15 takes every process of a launch on a CPU for the only one, and all would write.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def keys_of(texts: Iterable[str], first_row: int = 0) -> np.ndarray:
-    """Return the content keys, [N] of 16 bytes.
-
-    Raises:
-        ValueError: If a text is empty or no string; its row is named. A blank has a vector, but nothing to teach.
-    """
-    digests = []
-    for row, text in enumerate(texts, first_row):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"TeacherCache: row {row} is {text!r}, expected a non-empty string. A target for it would be noise. Drop "
-                "such rows: dataset.filter(lambda row: row['text'] and row['text'].strip())."
-            )
-        digests.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY.itemsize).digest())
-    return np.array(digests, dtype=KEY)
 
 
 class TeacherCache(Teacher):
@@ -147,7 +140,7 @@ class TeacherCache(Teacher):
         if settings is not None and state.is_main_process:
             _require_writable(folder)
             if not path.exists():
-                _write(path, json.dumps({"format": _FORMAT, **settings, "adds": []}, indent=1).encode())
+                write_whole(path, json.dumps({"format": _FORMAT, **settings, "adds": []}, indent=1).encode())
         state.wait_for_everyone()
         self._load()
         if settings is None:
@@ -231,7 +224,7 @@ class TeacherCache(Teacher):
         count, started, encoded = 0, time.perf_counter(), 0
         for count, (texts, keys, rows) in enumerate(self._plan(columns), 1):
             path = self.folder / f"add{number:04d}-{count - 1:06d}.safetensors"
-            if (count - 1) % state.num_processes == state.process_index and not _holds(path, keys):
+            if (count - 1) % state.num_processes == state.process_index and not holds(path, keys):
                 vectors = encode(texts, rows).numpy().astype(self._dtype)
                 wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
                 if len(wrong):
@@ -239,7 +232,7 @@ class TeacherCache(Teacher):
                         f"TeacherCache: {self.name} gives a vector that is not finite in {self._dtype} for {len(wrong)} texts, "
                         f"the first {texts[wrong[0]]!r}. The loss would be NaN. Try dtype='float32' for teacher and cache."
                     )
-                _write(path, _shard_bytes(keys, vectors), f"{(total or 0) * self._row_bytes() >> 20} MB in all")
+                write_whole(path, shard_bytes(keys, vectors), f"{(total or 0) * self._row_bytes() >> 20} MB in all")
                 encoded += len(texts)
             bar.update(len(texts))
         bar.close()
@@ -254,7 +247,7 @@ class TeacherCache(Teacher):
 
     def _plan(self, columns: Iterable[Iterable[str]]) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         """Yield (texts, keys, rows) of each shard of new texts, in the order of their first occurrence."""
-        size, seen = self._manifest["shard_size"], _KeySet(self._keys)
+        size, seen = self._manifest["shard_size"], KeySet(self._keys)
         texts: list[str] = []
         keys, rows = np.empty(0, KEY), np.empty(0, np.int64)
         for window, window_keys, first_row in _windows(columns):
@@ -269,7 +262,7 @@ class TeacherCache(Teacher):
 
     def _estimate(self, columns: Iterable[Iterable[str]], encode: Callable[[list[str], np.ndarray], Tensor]) -> int:
         """Say what is to come and return the number of new texts; refuse what the disk can't hold."""
-        seen, total, sample, rows = _KeySet(self._keys), 0, [], []
+        seen, total, sample, rows = KeySet(self._keys), 0, [], []
         for window, window_keys, first_row in _windows(columns):
             new = seen.add(window_keys)
             total += len(new)
@@ -305,7 +298,7 @@ class TeacherCache(Teacher):
         add = []
         for i in range(count):
             file = f"add{number:04d}-{i:06d}.safetensors"
-            header, _ = _header(self.folder / file)
+            header, _ = read_header(self.folder / file)
             add.append({"file": file, "rows": header["keys"]["shape"][0], "sha256": header["__metadata__"]["sha256"]})
         self._save([*self._manifest["adds"], add])
 
@@ -314,18 +307,20 @@ class TeacherCache(Teacher):
         self._manifest["adds"] = adds
         self._shards = [shard for add in adds for shard in add]
         if self._shards:
-            keys = np.concatenate([_read(self.folder / shard["file"], "keys").view(KEY)[:, 0] for shard in self._shards])
+            keys = np.concatenate([read_tensor(self.folder / shard["file"], "keys").view(KEY)[:, 0] for shard in self._shards])
             order = np.argsort(keys, kind="stable")
             for suffix, values in ((".keys.npy", keys[order]), (".rows.npy", order.astype(np.int64))):
-                _write(self.folder / f"{self._index_name()}{suffix}", _npy_bytes(values))
-        _write(self.folder / "manifest.json", json.dumps(self._manifest, indent=1).encode())
+                write_whole(self.folder / f"{self._index_name()}{suffix}", npy_bytes(values))
+        write_whole(self.folder / "manifest.json", json.dumps(self._manifest, indent=1).encode())
         if old != self._index_name():
             for stale in self.folder.glob(f"{old}.*.npy"):
                 stale.unlink()
         self._load()
 
     def _drop_damaged(self) -> None:
-        adds = [[shard for shard in add if _is_whole(self.folder / shard["file"], shard["sha256"])] for add in self._manifest["adds"]]
+        adds = [
+            [shard for shard in add if is_whole(self.folder / shard["file"], shard["sha256"])] for add in self._manifest["adds"]
+        ]
         lost = len(self._shards) - sum(map(len, adds))
         if lost:
             logger.warning(f"TeacherCache: {lost} shards in {self.folder} are damaged; their texts are encoded again.")
@@ -342,7 +337,7 @@ class TeacherCache(Teacher):
         for shard in range(len(self._shards)):
             self._verify(shard)
         for window, keys, first_row in _windows([texts]):
-            found = _find(self._keys, keys) >= 0
+            found = find(self._keys, keys) >= 0
             if not found.all():
                 row = int(np.argmin(found))
                 raise ValueError(
@@ -358,7 +353,7 @@ class TeacherCache(Teacher):
             KeyError: If a text has no target.
             ValueError: If a shard is damaged.
         """
-        found = _find(self._keys, keys_of(texts)) if len(texts) else np.empty(0, np.int64)
+        found = find(self._keys, keys_of(texts)) if len(texts) else np.empty(0, np.int64)
         if (found < 0).any():
             raise KeyError(f"TeacherCache: {self.folder} has no target for {texts[int(np.argmin(found))]!r}. Call cache.add.")
         rows = np.asarray(self._rows[found])
@@ -385,14 +380,14 @@ class TeacherCache(Teacher):
     def _vectors(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             self._verify(shard)
-            self._maps[shard] = _read(self.folder / self._shards[shard]["file"], "vectors")
+            self._maps[shard] = read_tensor(self.folder / self._shards[shard]["file"], "vectors")
         return self._maps[shard]
 
     def _verify(self, shard: int) -> None:
         if shard in self._verified:
             return
         path = self.folder / self._shards[shard]["file"]
-        if not _is_whole(path, self._shards[shard]["sha256"]):
+        if not is_whole(path, self._shards[shard]["sha256"]):
             raise ValueError(
                 f"TeacherCache: shard {path} is damaged (its checksum is not the manifest's), expected what was written. The "
                 "student would learn noise. Call cache.add(...) with the same texts: it is encoded again."
@@ -404,31 +399,6 @@ def cache_folder(parent: str | Path, teacher: Teacher) -> Path:
     """Return a folder for this teacher with these settings: another prompt or precision gets another one."""
     digest = hashlib.sha256(json.dumps(teacher.fingerprint, sort_keys=True).encode()).hexdigest()
     return Path(parent) / f"{teacher.name.rsplit('/', 1)[-1]}-{digest[:12]}"
-
-
-class _KeySet:
-    """A set of keys as a few sorted arrays: 16 bytes a key, where a Python set takes 100."""
-
-    def __init__(self, known: np.ndarray) -> None:
-        self._known, self._parts = known, []
-
-    def add(self, keys: np.ndarray) -> np.ndarray:
-        """Add the keys; return the positions of those that were new, in order, of equal ones the first."""
-        new = np.sort(np.unique(keys, return_index=True)[1])
-        for part in [self._known, *self._parts]:
-            new = new[_find(part, keys[new]) < 0]
-        self._parts.append(np.sort(keys[new]))
-        while len(self._parts) > 1 and len(self._parts[-2]) < 2 * len(self._parts[-1]):
-            self._parts[-2:] = [np.sort(np.concatenate(self._parts[-2:]))]
-        return new
-
-
-def _find(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return where each key stands in the sorted `known`, -1 for those that do not."""
-    if not len(known):
-        return np.full(len(keys), -1)
-    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return np.where(known[place] == keys, place, -1)
 
 
 def _windows(columns: Iterable[Iterable[str]]) -> Iterator[tuple[list[str], np.ndarray, int]]:
@@ -450,68 +420,3 @@ def _require_writable(folder: Path) -> None:
         raise OSError(
             error.errno, f"TeacherCache: {folder} can't be written ({error.strerror}). Use a folder that is yours"
         ) from error
-
-
-def _write(path: Path, content: bytes, need: str = "") -> None:
-    """Write a file whole or not at all: a killed process or a power cut leaves the old one, or none."""
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"TeacherCache: {path} can't be written ({error.strerror}). What is finished stays: free space "
-            f"({need or len(content)}) and run the same command again"
-        ) from error  # fmt: skip
-
-
-def _npy_bytes(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _shard_bytes(keys: np.ndarray, vectors: np.ndarray) -> bytes:
-    tensors = {"keys": keys.view(np.uint8).reshape(len(keys), KEY.itemsize), "vectors": np.ascontiguousarray(vectors)}
-    # The checksum is that of the data as they lie in the file, so a first pass finds it and a second writes it.
-    return save(tensors, metadata={"sha256": hashlib.sha256(_data(save(tensors))).hexdigest()})
-
-
-def _data(content: bytes) -> memoryview:
-    return memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the JSON header of a safetensors file and where its data begin."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
-
-
-def _read(path: Path, name: str) -> np.ndarray:
-    """Return one tensor of a shard as a memory map."""
-    header, start = _header(path)
-    entry = header[name]
-    dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
-    return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
-
-
-def _is_whole(path: Path, sha256: str | None = None) -> bool:
-    """Whether the data match the checksum, the given one or the file's own."""
-    try:
-        header, start = _header(path)
-        with open(path, "rb") as file:
-            file.seek(start)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        return found == header["__metadata__"]["sha256"] == (sha256 or found)
-    except (OSError, ValueError, KeyError, MemoryError):
-        return False
-
-
-def _holds(path: Path, keys: np.ndarray) -> bool:
-    """Whether a finished, undamaged shard of exactly these keys lies there."""
-    return path.exists() and _is_whole(path) and np.array_equal(_read(path, "keys").view(KEY)[:, 0], keys)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, load_dataset
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
@@ -32,11 +32,12 @@ _READERS = {
 }
 
 
-def load_texts(source: str | Path, split: str = "train", streaming: bool = False) -> Any:
+def load_texts(source: str | Path, subset: str | None = None, split: str = "train", streaming: bool = False) -> Any:
     """Load a data set: a tsv/csv/jsonl/parquet/txt file (gz too), a folder of one kind of these, or a Hub id.
 
     Args:
         source: The file, folder or Hub id.
+        subset: Configuration of a Hub data set.
         split: Split of a Hub data set.
         streaming: Return an `IterableDataset`.
 
@@ -55,7 +56,7 @@ def load_texts(source: str | Path, split: str = "train", streaming: bool = False
         reader, options = _READERS[kinds.pop()]
         return load_dataset(reader, data_files=[str(p) for p in files], split="train", streaming=streaming, **options)
     try:
-        return load_dataset(str(source), split=split, streaming=streaming)
+        return load_dataset(str(source), subset, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"load_texts: {source} is neither a file or folder here nor a data set that can be had from the Hub now "
@@ -92,8 +93,7 @@ def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
         if dtype not in ("string", "large_string"):
             raise ValueError(
                 f"DistillationTrainer: column {name!r} is of type {dataset.features[name]}, expected strings. Its values "
-                "would be embedded as text. Name the text columns: --text_columns "
-                + " ".join(c for c in columns if c != name)
+                "would be embedded as text. Name the text columns: --text_columns " + " ".join(c for c in columns if c != name)
             )
     return columns
 

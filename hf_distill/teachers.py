@@ -37,7 +37,7 @@ class Teacher(ABC):
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return targets [N, dim], float32 on the CPU, for N texts."""
 
-    def require(self, texts: Iterable[str]) -> None:
+    def require(self, texts: Iterable[str]) -> None:  # noqa: B027 (most teachers have nothing to check)
         """Raise before long work if there can be no target for one of the texts; a live teacher has all of them."""
 
     def project(self, projection: Any) -> "ProjectedTeacher":
@@ -82,7 +82,8 @@ class EncoderTeacher(Teacher):
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Whether the repository's own code may run.
         prompt: Text put before every text; None for the repository's default prompt, "" for none.
-        pooling: "mean", "cls" or "last"; only for a plain `AutoModel`, which does not say it.
+        pooling: "mean", "cls", "last", or "pooler" (the backbone's own pooler, as SimCSE's teachers); only for a plain
+            `AutoModel`, which does not say it.
         normalize: Whether vectors are scaled to unit length; None as the repository says (a plain `AutoModel`: True).
         max_length: Longest input in tokens; None as the repository says.
         dtype: torch dtype or its name; None for bfloat16 where the device computes it natively, else float32.
@@ -123,7 +124,7 @@ class EncoderTeacher(Teacher):
         options = {"trust_remote_code": trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
         self.model, info = load_safe(AutoModel, source, dtype=self.dtype, output_loading_info=True, **options)
-        lost = [key for key in info["missing_keys"] if "pooler." not in key]
+        lost = [key for key in info["missing_keys"] if "pooler." not in key or self.pooling == "pooler"]
         if lost:
             raise ValueError(
                 f"EncoderTeacher: {name} is missing {len(lost)} weights ({lost[0]}, ...), expected a whole checkpoint. "
@@ -170,10 +171,14 @@ class EncoderTeacher(Teacher):
 
         def embed(batch: list[str]) -> Tensor:
             batch = [self.prompt + (text.lower() if self.lower else text) for text in batch]
-            inputs = self.tokenizer(
-                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            ).to(self.device)
-            vectors = pool(self.model(**inputs).last_hidden_state.float(), inputs["attention_mask"], self.pooling)
+            inputs = self.tokenizer(batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(
+                self.device
+            )
+            states = self.model(**inputs)
+            if self.pooling == "pooler":
+                vectors = states.pooler_output.float()
+            else:
+                vectors = pool(states.last_hidden_state.float(), inputs["attention_mask"], self.pooling)
             for head in self.heads:
                 vectors = head(vectors)
             return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
@@ -224,17 +229,16 @@ def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool |
     layout |= {"lower": False, "max_length": None, "include_prompt": True}
     modules = _read_json(folder / "modules.json")
     if not modules:
-        if pooling not in POOLINGS:
+        known = [*sorted(POOLINGS), "pooler"]
+        if pooling not in known:
             raise ValueError(
                 f"EncoderTeacher: {name} has no modules.json, so its pooling is unknown (pooling={pooling!r}), expected "
-                f"one of {sorted(POOLINGS)}. A guess would give wrong targets. Pass pooling=... as the model's card says."
+                f"one of {known}. A guess would give wrong targets. Pass pooling=... as the model's card says."
             )
         layout["normalize"] = True if normalize is None else normalize
         return layout
     if pooling is not None:
-        raise ValueError(
-            f"EncoderTeacher: pooling is {pooling!r}, but {name} says its own in modules.json. Leave pooling out."
-        )
+        raise ValueError(f"EncoderTeacher: pooling is {pooling!r}, but {name} says its own in modules.json. Leave pooling out.")
     found_normalize = False
     for position, module in enumerate(modules):
         kind, path = module["type"].rsplit(".", 1)[-1], module["path"]

@@ -240,7 +240,12 @@ class DistillationTrainer(Trainer):
         """Write README.md: from results.json where the run has one, else from what the trainer knows."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            ModelCard(run_card(folder, self.run_facts)).save(folder / "README.md")
+            path = folder / "results.json"
+            results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            name = self.hub_model_id or folder.resolve().name
+            plots = sorted(plot.name for plot in folder.glob("*.png"))
+            has_projection = isinstance(self.teacher, ProjectedTeacher)
+            ModelCard(run_card({**self.run_facts, **results}, name, plots, has_projection)).save(folder / "README.md")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push student, card and results; a student whose loaders disagree is not published.

@@ -10,37 +10,27 @@ from dataclasses import dataclass, field
 
 from demo import demo_defaults, fill_in, gcide_texts
 
-from hf_distill import (
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    EncoderTeacher,
-    HPDLoss,
-    PCAProjection,
-    StudentModel,
-    TeacherCache,
-    parse_arguments,
-)
-from hf_distill.arguments import RecipeArguments
-from hf_distill.cache import cache_folder
+from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
+from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, load_texts
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import FidelityEvaluator, STSEvaluator
-from hf_distill.trainer import claim_output_dir, last_checkpoint
+from hf_distill.losses import HPDLoss
+from hf_distill.projection import PCAProjection
+from hf_distill.student import StudentModel
+from hf_distill.teachers import EncoderTeacher
+from hf_distill.trainer import DistillationTrainer, claim_output_dir, last_checkpoint
 
 
 @dataclass
 class HPDArguments(RecipeArguments):
     """What is HPD's own."""
 
-    dim: int = field(default=128, metadata={"help": "Dimensions of the student's embedding: the teacher's PCA to so many."})
-    center: bool = field(
-        default=False, metadata={"help": "Subtract the mean of the teacher's vectors (paper); off as in the released code."}
-    )
+    dim: int = field(default=128, metadata={"help": "Dimensions of the embedding: the teacher's PCA to so many."})
+    center: bool = field(default=False, metadata={"help": "Subtract the teacher's mean (paper); the released code does not."})
     activation: str = field(default="identity", metadata={"help": "Behind the projection: identity, or tanh (paper)."})
-    start: str = field(
-        default="auto", metadata={"help": "First values of the projection: pca, random, or auto (pca if widths agree)."}
-    )
-    normalize_loss: bool = field(default=True, metadata={"help": "Compare directions only: both sides at unit length."})
+    start: str = field(default="auto", metadata={"help": "Projection from pca, random, or auto (pca if widths agree)."})
+    normalize_loss: bool = field(default=True, metadata={"help": "Compare directions: both sides at unit length."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     report = RunReport("hpd", HPDLoss.paper)
     sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
     texts = TrainingTexts.split(
-        load_texts(recipe.texts) if recipe.texts else gcide_texts(),
+        load_texts(recipe.texts, recipe.texts_subset) if recipe.texts else gcide_texts(),
         args.text_columns,
         recipe.held_out,
         recipe.max_texts,
@@ -61,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         leaks_from=sts.texts() if sts else [],
     )
 
-    teacher = EncoderTeacher(recipe.teacher, recipe.teacher_revision, pooling=recipe.teacher_pooling)
+    teacher = EncoderTeacher(recipe.teacher, **recipe.teacher_options())
     teacher.name = recipe.teacher_name or teacher.name
     cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher))
     with report.timed("caching"):
@@ -71,13 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     projected = cache.project(projection)
 
     student = StudentModel.from_backbone(
-        recipe.backbone,
-        layers=recipe.layers,
-        projection_dim=recipe.dim,
-        activation=recipe.activation,
-        max_length=recipe.max_length,
-        dropout=recipe.dropout,
-        attn_implementation=recipe.attention,
+        recipe.backbone, projection_dim=recipe.dim, activation=recipe.activation, **recipe.student_options()
     )
     student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.start == "pca" or (recipe.start == "auto" and student.config.hidden_size == teacher.dim):

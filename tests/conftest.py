@@ -65,7 +65,7 @@ def make_backbone(folder, kind: str = "bert", seed: int = 0, **changes) -> str:
     torch.manual_seed(seed)
     model = AutoModel.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder)

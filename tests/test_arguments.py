@@ -97,7 +97,15 @@ def test_what_is_trained_tells_runs_apart_and_what_is_measured_does_not():
     same = RecipeArguments().identity()
     assert RecipeArguments(sts="sts", dims=[8], cache_dir="x", license="mit", language="en").identity() == same
     assert RecipeArguments(teacher_name="x", backbone_name="x", texts_name="x").identity() == same
-    others = {"teacher": "x", "layers": [1], "max_length": 9, "texts": "x", "max_texts": 5, "held_out": 7, "dropout": 0.1}
+    others = {
+        "teacher": "x",
+        "layers": [1],
+        "max_length": 9,
+        "texts": "x",
+        "max_texts": 5,
+        "held_out": 7,
+        "dropout": 0.1,
+    }
     for key, value in others.items():
         assert RecipeArguments(**{key: value}).identity() != same, key
 
@@ -106,7 +114,18 @@ def test_what_is_trained_tells_runs_apart_and_what_is_measured_does_not():
 
 
 def test_flags_become_fields_of_each_class(tmp_path):
-    argv = ["--layers", "0", "2", "--output_dir", str(tmp_path), "--bf16", "--learning_rate", "2e-4", "--texts", "x.tsv"]
+    argv = [
+        "--layers",
+        "0",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+        "--bf16",
+        "--learning_rate",
+        "2e-4",
+        "--texts",
+        "x.tsv",
+    ]
     recipe, args = parse_arguments(RecipeArguments, DistillationTrainingArguments, argv=argv)
     assert isinstance(recipe, RecipeArguments)
     assert isinstance(args, DistillationTrainingArguments)

@@ -12,7 +12,8 @@ import torch
 from conftest import make_texts
 
 from hf_distill import EncoderTeacher, TeacherCache
-from hf_distill.cache import _KeySet, _write, cache_folder, keys_of
+from hf_distill.cache import cache_folder
+from hf_distill.shards import KeySet, keys_of, write_whole
 from hf_distill.teachers import Teacher
 
 
@@ -344,15 +345,15 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    _write(tmp_path / "a", b"old")
+    write_whole(tmp_path / "a", b"old")
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
-        _write(tmp_path / "a", b"new")
+        write_whole(tmp_path / "a", b"new")
     assert contents(tmp_path) == {"a": b"old"}
 
 
 def test_key_set_against_a_python_set():
-    rng, ours, theirs = np.random.default_rng(0), _KeySet(keys_of(["7"])), {"7"}
+    rng, ours, theirs = np.random.default_rng(0), KeySet(keys_of(["7"])), {"7"}
     for _ in range(50):
         words = [str(i) for i in rng.integers(0, 400, 20)]
         expected = []

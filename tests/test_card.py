@@ -212,14 +212,12 @@ def test_nothing_is_left_to_be_filled_in(changes, run, measured, make):
 
 def test_headings_tables_and_images_stand_apart(make):
     lines = make().split("\n")
-    for i, line in enumerate(lines):
-        if line.startswith(("# ", "## ", "![")):
-            assert lines[i - 1] == "", line
-        if line.startswith("#") and "#" in line[:2] and "runs student.py" not in line:
-            assert lines[i + 1] == "", line
-        if line.startswith("|") and not lines[i - 1].startswith("|"):
-            assert lines[i - 1] == "", line
-    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith(("# ", "## ", "![")) or (line.startswith("|") and not before.startswith("|")):
+            assert before == "", line
+        if line.startswith(("# ", "## ", "![")) or (line.startswith("|") and not after.startswith("|")):
+            assert after == "", line
+    assert sum(line.startswith("```") for line in lines) == 6
 
 
 def test_only_plots_that_are_there_are_shown(make):

@@ -101,7 +101,8 @@ def test_a_file_of_unknown_kind_and_an_empty_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["nobody/there-is-no-such-set", "texts.tsv"])
 def test_what_is_nowhere_is_refused_with_the_remedy(name):
-    with pytest.raises(FileNotFoundError, match=f"load_texts: {name} is neither .*hf download --repo-type dataset {name}"):
+    message = f"load_texts: {name} is neither .*hf download --repo-type dataset {name}"
+    with pytest.raises(FileNotFoundError, match=message):
         load_texts(name)
 
 
@@ -291,7 +292,8 @@ def test_blocks_are_shuffled_and_hold_other_rows_in_another_epoch():
 
 
 @pytest.mark.parametrize(
-    "text", ["the old house", "The Old House.", "the  old\thouse", "“The old-house”!", "THE_OLD HOUSE?", "theold house"]
+    "text",
+    ["the old house", "The Old House.", "the  old\thouse", "“The old-house”!", "THE_OLD HOUSE?", "theold house"],
 )
 def test_case_punctuation_and_white_space_do_not_hide_a_leak(text):
     assert normal_form(text) == "theoldhouse"

@@ -49,14 +49,32 @@ def test_the_folder_that_sentence_transformers_writes_today_is_read_too(teacher_
 
 def test_plain_model_with_its_pooling_named(backbone_folder):
     teacher = EncoderTeacher(backbone_folder, pooling="cls", normalize=False, dtype="float32")
-    model, tokenizer = AutoModel.from_pretrained(backbone_folder).eval(), AutoTokenizer.from_pretrained(backbone_folder)
+    model, tokenizer = (
+        AutoModel.from_pretrained(backbone_folder).eval(),
+        AutoTokenizer.from_pretrained(backbone_folder),
+    )
     expected = model(**tokenizer(["a quick fox"], return_tensors="pt")).last_hidden_state[:, 0]
     assert torch.allclose(teacher.encode(["a quick fox"]), expected, atol=1e-6)
     assert teacher.dim == 16
 
 
+def test_own_pooler_of_a_plain_model(backbone_folder, tmp_path):
+    teacher = EncoderTeacher(backbone_folder, pooling="pooler", normalize=False, dtype="float32")
+    model, tokenizer = (
+        AutoModel.from_pretrained(backbone_folder).eval(),
+        AutoTokenizer.from_pretrained(backbone_folder),
+    )
+    expected = model(**tokenizer(["a quick fox"], return_tensors="pt")).pooler_output
+    assert torch.allclose(teacher.encode(["a quick fox"]), expected, atol=1e-6)
+    AutoModel.from_pretrained(backbone_folder, add_pooling_layer=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    EncoderTeacher(tmp_path, pooling="cls")
+    with pytest.raises(ValueError, match=r"missing 2 weights \(pooler.dense"):
+        EncoderTeacher(tmp_path, pooling="pooler")
+
+
 def test_plain_model_without_pooling_is_refused(backbone_folder):
-    with pytest.raises(ValueError, match=r"no modules.json, so its pooling is unknown.*\['cls', 'last', 'mean'\]"):
+    with pytest.raises(ValueError, match=r"no modules.json, so its pooling is unknown.*\['cls', 'last', 'mean', 'pooler'\]"):
         EncoderTeacher(backbone_folder)
 
 
@@ -98,7 +116,11 @@ def test_do_lower_case_is_honoured(copy):
 @pytest.mark.parametrize(
     ("file", "settings", "message"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, "pools by .*max"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
+            "pools by .*max",
+        ),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "expected exactly one of"),
         ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "pools by .*weightedmean"),
         ("2_Dense/config.json", {"activation_function": "my.package.Act"}, "has activation my.package.Act"),

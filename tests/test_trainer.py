@@ -133,7 +133,13 @@ def test_a_full_precision_cache_on_the_same_batches_is_the_live_teacher(make, te
 
 
 def test_resumed_from_the_middle_of_epoch_two_equals_uninterrupted(make, backbone_folder):
-    options = {"dropout": 0.2, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 6, "save_total_limit": None}
+    options = {
+        "dropout": 0.2,
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "save_total_limit": None,
+    }
     whole = make("whole", **options)
     whole.train()
     assert whole.state.global_step == 36
@@ -329,9 +335,7 @@ class NaNAfter(Teacher):
 
 
 def test_nan_stops_training_and_keeps_the_last_good_checkpoint(make, texts):
-    trainer = make(
-        teacher=NaNAfter(texts[50]), train_sampling_strategy="sequential", save_strategy="steps", save_steps=2
-    )
+    trainer = make(teacher=NaNAfter(texts[50]), train_sampling_strategy="sequential", save_strategy="steps", save_steps=2)
     with pytest.raises(FloatingPointError, match=r"at step 6 the loss is .*nan.*targets finite: False"):
         trainer.train()
     checkpoint = last_checkpoint(trainer.args.output_dir)
@@ -356,7 +360,12 @@ def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, monkeypatch):
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     trainer = make(
-        max_steps=2, save_strategy="steps", push_to_hub=True, hub_strategy="every_save", hub_token="hf_secret", save_steps=1
+        max_steps=2,
+        save_strategy="steps",
+        push_to_hub=True,
+        hub_strategy="every_save",
+        hub_token="hf_secret",
+        save_steps=1,
     )
     trainer.train()
     assert len(pushed) == 2

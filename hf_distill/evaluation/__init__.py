@@ -8,6 +8,4 @@ try:
     importlib.import_module("evaluate")
     importlib.import_module("scipy")
 except ImportError as error:
-    raise ImportError(
-        f"hf_distill.evaluation needs {error.name}. Install it with: pip install 'hf_distill[eval]'"
-    ) from error
+    raise ImportError(f"hf_distill.evaluation needs {error.name}. Install it with: pip install 'hf_distill[eval]'") from error

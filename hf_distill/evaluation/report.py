@@ -204,7 +204,9 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
         lines.append([name, *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
-        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) + " |"
+        "| "
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        + " |"
         for line in lines
     ]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"

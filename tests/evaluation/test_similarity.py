@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from datasets import Dataset
 
 from hf_distill.evaluation import similarity
 from hf_distill.evaluation.metrics import cosine_spearman as cosine_spearman_file
@@ -18,8 +19,8 @@ from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, FidelityEva
 
 
 COSINES = (0.1, 0.2, 0.4, 0.9)
-# What people say of the four pairs, and 100 times Spearman's correlation with COSINES, by hand.
-TIES = 100 * 3 / math.sqrt(4.5 * 5)  # ranks 1.5, 3, 1.5, 4 and 1, 2, 3, 4: covariance 3, variances 4.5 and 5
+# What people say of the four pairs, and 100 times Spearman's correlation with COSINES, by hand. In the last set ranks
+# are 1.5, 1.5, 3, 4 and 1, 2, 3, 4: their deviations from 2.5 have the product 4.5 and the squares 4.5 and 5.
 HUMAN = {
     "STS12": ([0.0, 1.0, 2.5, 5.0], 100.0),
     "STS13": ([5.0, 2.5, 1.0, 0.0], -100.0),
@@ -27,14 +28,15 @@ HUMAN = {
     "STS15": ([2, 1, 4, 3], 60.0),
     "STS16": ([3, 4, 1, 2], -60.0),
     "STS-B": ([4, 1, 2, 3], -20.0),
-    "SICK-R": ([1, 1, 2, 3], None),
+    "SICK-R": ([1, 1, 2, 3], 100 * 4.5 / math.sqrt(4.5 * 5)),
 }
+TIED, TIED_SCORE = [1, 2, 1, 3], 100 * 3 / math.sqrt(4.5 * 5)  # ranks 1.5, 3, 1.5, 4: product 3
 RNG = np.random.default_rng(0)
 
 
 def write_sets(folder: Path) -> Path:
     """Write seven sets of four pairs; the first sentence is the same in all of them."""
-    for name, (file, _) in STS_SETS.items():
+    for name, (file, *_) in STS_SETS.items():
         rows = [f"the sea\t{name} number {i}\t{score}" for i, score in enumerate(HUMAN[name][0])]
         content = "\n".join(["sentence1\tsentence2\tscore", *rows, ""])
         (folder / f"{file}.tsv.gz").write_bytes(gzip.compress(content.encode()))
@@ -66,10 +68,8 @@ def cosine(a, b) -> float:
 
 def test_each_set_has_its_own_score_and_the_average_counts_each_once(tmp_path):
     scores = STSEvaluator(write_sets(tmp_path))(encode)
-    ties = naive_spearman(COSINES, HUMAN["SICK-R"][0])
-    assert ties == pytest.approx(100 * 4.5 / math.sqrt(4.5 * 5))  # ranks 1.5, 1.5, 3, 4 and 1, 2, 3, 4
-    expected = {f"sts_{name}": ties if value is None else value for name, (_, value) in HUMAN.items()}
-    expected["sts_avg"] = (100 - 100 + 80 + 60 - 60 - 20 + ties) / 7
+    expected = {f"sts_{name}": value for name, (_, value) in HUMAN.items()}
+    expected["sts_avg"] = (100 - 100 + 80 + 60 - 60 - 20 + 94.8683298) / 7
     assert scores == pytest.approx(expected)
     assert all(type(value) is float for value in scores.values())
 
@@ -77,8 +77,8 @@ def test_each_set_has_its_own_score_and_the_average_counts_each_once(tmp_path):
 def test_tied_scores_share_their_rank():
     first = np.tile([1.0, 0.0], (4, 1))
     second = np.array([[c, math.sqrt(1 - c * c)] for c in COSINES])
-    assert cosine_spearman(first, second, [1, 2, 1, 3]) == pytest.approx(TIES)
-    assert cosine_spearman(7 * first, second, [1, 2, 1, 3]) == pytest.approx(TIES)  # lengths do not matter
+    assert cosine_spearman(first, second, TIED) == pytest.approx(TIED_SCORE)
+    assert cosine_spearman(7 * first, second, TIED) == pytest.approx(TIED_SCORE)  # lengths do not matter
 
 
 def test_first_dimensions_are_scored_as_embeddings_of_their_own(tmp_path):
@@ -137,18 +137,12 @@ def test_sets_from_the_hub_are_asked_for_by_their_id():
 
 
 def test_the_dev_set_from_the_hub_is_not_the_test_set(monkeypatch):
-    asked = []
-
-    def load(source, split="train", **options):
-        asked.append((source, split))
-        return similarity_rows
-
-    similarity_rows = __import__("datasets").Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]})
-    monkeypatch.setattr(similarity, "load_texts", load)
+    asked, rows = [], Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]})
+    monkeypatch.setattr(similarity, "load_texts", lambda source, split="train": asked.append((source, split)) or rows)
     STSEvaluator(sets=STS_DEV_SETS)
     STSEvaluator()
     assert asked[0] == ("mteb/stsbenchmark-sts", "validation")
-    assert asked[1:] == [(hub_id, "test") for _, hub_id in STS_SETS.values()]
+    assert asked[1:] == [(names[1], "test") for names in STS_SETS.values()]
 
 
 # Fidelity
@@ -164,8 +158,8 @@ def on_a_circle(*degrees: float) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-# Nearest neighbours 1, 0, 1, 2 and 1, 2, 1, 2: three of four agree. The six angles between pairs (01, 02, 03, 12, 13, 23)
-# are 10, 44, 90, 34, 80, 46 and 40, 51, 90, 11, 50, 39; ranks 1, 3, 6, 2, 5, 4 and 3, 5, 6, 1, 4, 2: squared
+# Nearest neighbours 1, 0, 1, 2 and 1, 2, 1, 2: three of four agree. The angles of the pairs 01, 02, 03, 12, 13, 23 are
+# 10, 44, 90, 34, 80, 46 and 40, 51, 90, 11, 50, 39, their ranks 1, 3, 6, 2, 5, 4 and 3, 5, 6, 1, 4, 2: squared
 # differences sum to 14, so Spearman's correlation is 1 - 6 * 14 / 210.
 TEACHER, STUDENT = on_a_circle(0, 10, 44, 90), on_a_circle(0, 40, 51, 90)
 BY_HAND = {"fidelity_spearman": 60.0, "fidelity_neighbours": 75.0}
@@ -239,7 +233,7 @@ def test_the_sts_metric_opens_from_its_file(load):
     metric = load(cosine_spearman_file)
     assert not type(metric).__module__.startswith("hf_distill")  # a copy of the file, which therefore stands alone
     pairs = [[[1.0, 0.0], [c, math.sqrt(1 - c * c)]] for c in COSINES]
-    assert metric.compute(predictions=pairs, references=[1, 2, 1, 3]) == {"cosine_spearman": pytest.approx(TIES)}
+    assert metric.compute(predictions=pairs, references=TIED) == {"cosine_spearman": pytest.approx(TIED_SCORE)}
 
 
 def test_the_fidelity_metric_opens_from_its_file_and_takes_its_option(load):

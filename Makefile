@@ -1,0 +1,36 @@
+# `make` or `make help` lists what there is. Everything installs what it needs into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e
+.DEFAULT_GOAL := help
+
+hpd: .venv/demo  ## HPD: distil all-MiniLM-L6-v2 into 3 layers and 128 dimensions, offline (ARGS="--help" for flags)
+	$(BIN)/accelerate launch recipes/hpd.py $(ARGS)
+
+test: .venv/test  ## the fast tests (ARGS="-k name")
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/test .venv/demo  ## all tests, those of several processes and kills too
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/test  ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/demo  ## memory of caching and training at two sizes (several minutes)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+cards: .venv/test  ## make the table and the cards of the committed results again
+	$(BIN)/python recipes/results/make.py
+
+.venv/%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 12
+
+.PHONY: hpd test test-all check bench cards help
