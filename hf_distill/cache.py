@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ class TeacherCache(Teacher):
         state.wait_for_everyone()
         self._load()
         before, number = len(self), len(self._manifest["adds"])
-        total = self._estimate(columns, encode) if all(hasattr(column, "__len__") for column in columns) else None
+        total = self._estimate(columns, encode) if all(isinstance(column, Sized) for column in columns) else None
         if total == 0:
             return 0
         bar = logging.tqdm(

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .cache import TeacherCache
 from .teachers import fetch
 
 
@@ -50,7 +51,7 @@ class PCAProjection:
         Raises:
             ValueError: If dim exceeds the teacher's dimension or the number of texts, or a target is not finite.
         """
-        blocks: Iterable[Tensor] = targets.blocks() if hasattr(targets, "blocks") else targets
+        blocks: Iterable[Tensor] = targets.blocks() if isinstance(targets, TeacherCache) else targets
         if isinstance(blocks, Tensor) and blocks.ndim == 2:
             blocks = [blocks]
         count, total, square = 0, 0.0, 0.0

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HPD (arXiv 2203.07687): a small student that gives its teacher's PCA coordinates.
-
-accelerate launch recipes/hpd.py                                                   # embedded default, no network
-accelerate launch recipes/hpd.py --config recipes/configs/hpd_minilm_f128.yaml     # a student of the paper
-"""
+"""HPD (arXiv 2203.07687): a small student that gives its teacher's PCA coordinates. Flags: --help, --config file.yaml."""
 
 import logging
 from dataclasses import dataclass, field
 
 from demo import demo_defaults, fill_in, gcide_texts
+from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
 from hf_distill.cache import TeacherCache, cache_folder
@@ -40,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, args = parse_arguments(HPDArguments, DistillationTrainingArguments, argv=argv, **demo_defaults("hpd"))
     claim_output_dir(args.output_dir, {"recipe": "hpd", "settings": recipe.identity()})
     fill_in(recipe)
+    set_seed(args.seed)  # a projection that starts at random is made before the trainer
     report = RunReport("hpd", HPDLoss.paper)
     sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
     texts = TrainingTexts.split(

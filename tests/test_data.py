@@ -301,7 +301,7 @@ def test_case_punctuation_and_white_space_do_not_hide_a_leak(text):
 
 
 def test_every_column_is_searched_for_leaks_and_a_row_is_named_once():
-    dataset = Dataset.from_dict({"a": ["cat", "dog", "sea", "?!"], "b": ["Mat.", "sky", "Cat", "new"]})
+    dataset = Dataset.from_dict({"a": ["cat", "dog", "sea", "?!"], "b": ["Mat.", "sky", "Cat", ""]})
     rows, texts = find_leaks(dataset, ["a", "b"], ["cat", "MAT", "...", ""])
     assert rows == [0, 2]
     assert texts == ["cat", "Mat.", "Cat"]
@@ -400,10 +400,15 @@ def test_facts_count_what_was_kept_and_what_was_not():
     assert len(digest) == 64
 
 
-def test_all_texts_come_column_after_column_and_boundaries_are_in_the_digest():
-    def texts(*rows):
-        return TrainingTexts(Dataset.from_dict({"a": rows, "b": rows[::-1]}), ["a", "b"], [], [])
+def test_all_texts_come_column_after_column():
+    split = TrainingTexts(Dataset.from_dict({"a": ["x", "y"], "b": ["z", "x"]}), ["a", "b"], [], [])
+    assert list(split.all()) == ["x", "y", "z", "x"]
+    assert [column[:] for column in split.text_columns()] == [["x", "y"], ["z", "x"]]
 
-    assert list(texts("x", "y").all()) == ["x", "y", "y", "x"]
-    assert [column[:] for column in texts("x", "y").text_columns()] == [["x", "y"], ["y", "x"]]
-    assert texts("ab", "c").facts(None)["sha256"] != texts("a", "bc").facts(None)["sha256"]
+
+def test_the_digest_tells_where_a_text_ends():
+    def digest(*texts):
+        return TrainingTexts(Dataset.from_dict({"text": texts}), ["text"], [], []).facts(None)["sha256"]
+
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest("ab", "c") == digest("ab", "c") != digest("c", "ab")

@@ -243,6 +243,13 @@ def test_the_fidelity_metric_opens_from_its_file_and_takes_its_option(load):
     assert found == pytest.approx(BY_HAND)
 
 
+@pytest.mark.parametrize("module", [cosine_spearman_file, embedding_fidelity_file])
+def test_metrics_need_nothing_of_this_package(module):
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))}
+    assert imported == {"datasets", "evaluate", "numpy", "scipy"}
+
+
 def test_metrics_can_be_fed_in_batches(load):
     metric = load(embedding_fidelity_file, keep_in_memory=True)
     for rows in (slice(0, 3), slice(3, 4)):

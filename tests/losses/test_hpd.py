@@ -51,12 +51,13 @@ def test_a_vector_of_zeros_has_a_finite_gradient():
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_targets_of_any_dtype_are_cast_to_the_students(dtype):
-    student, teacher = STUDENT.to(dtype), TEACHER.to(torch.bfloat16)
-    loss = HPDLoss()(student, teacher)["mse"]
-    assert loss.dtype == dtype
-    assert loss.item() == 2.5  # these targets are exact in bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_targets_of_any_dtype_are_cast_to_the_students_before_anything_else(dtype):
+    for normalize in (False, True):
+        loss = HPDLoss(normalize=normalize)
+        found = loss(STUDENT, TEACHER.to(dtype))["mse"]  # these targets are exact in each dtype
+        assert found.dtype == torch.float32
+        assert found.item() == loss(STUDENT, TEACHER)["mse"].item()
 
 
 def test_targets_that_would_broadcast_are_refused():

@@ -1,0 +1,113 @@
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_distill
+
+
+ROOT = Path(hf_distill.__file__).parents[1]
+PACKAGE = ROOT / "hf_distill"
+FILES = sorted(PACKAGE.rglob("*.py"))
+HUGGING_FACE = {"transformers", "datasets", "accelerate", "huggingface_hub", "safetensors", "evaluate", "yaml", "peft"}
+
+
+def imports(path):
+    """Return (top-level modules, our own modules) that a file imports anywhere."""
+    outside, inside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            inside.add((node.module or "").split(".")[0])
+    return outside - set(sys.stdlib_module_names), inside
+
+
+def test_rooms_keep_to_themselves():
+    rules = {  # who may import what: (others' packages, ours)
+        "student.py": ({"torch", "transformers", "safetensors"}, set()),
+        "losses/base.py": ({"torch"}, set()),
+        "losses/hpd.py": ({"torch"}, {"base"}),
+        "shards.py": ({"numpy", "safetensors"}, set()),
+        "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub"}, {"student"}),
+        "cache.py": ({"torch", "transformers", "numpy", "accelerate"}, {"shards", "teachers"}),
+        "projection.py": ({"torch", "safetensors"}, {"cache", "teachers"}),
+        "evaluation/similarity.py": ({"numpy"}, {"data", "metrics"}),
+    }
+    for name, (outside, inside) in rules.items():
+        found_outside, found_inside = imports(PACKAGE / name)
+        assert found_outside <= outside, name
+        assert found_inside <= inside, name
+    losses = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("losses/*.py")} - {"losses/__init__.py"}
+    assert losses <= rules.keys()
+
+
+def test_trainer_knows_no_paper():
+    text = (PACKAGE / "trainer.py").read_text()
+    assert "HPD" not in text
+    assert "losses.hpd" not in text
+
+
+def test_metric_files_are_self_contained():
+    files = sorted((PACKAGE / "evaluation" / "metrics").glob("[a-z]*.py"))
+    assert len(files) == 2
+    for path in files:
+        assert imports(path)[1] == set()
+        assert not re.search(r"^import .*,", path.read_text(), re.MULTILINE)
+
+
+def test_public_names_resolve_and_agree_with_what_type_checkers_see():
+    for name in hf_distill.__all__:
+        assert getattr(hf_distill, name).__name__ == name
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name for node in block.body for alias in node.names}
+    assert seen == set(hf_distill.__all__)
+    assert len(seen) == 12
+    with pytest.raises(AttributeError, match="no attribute 'HDPLoss'"):
+        hf_distill.HDPLoss  # noqa: B018
+
+
+def test_import_costs_nothing():
+    script = "import sys, hf_distill; print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_loss_costs_torch_only():
+    script = "import sys, hf_distill.losses; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
+
+
+def test_house_rules():
+    assert len(FILES) >= 18
+    for path in FILES:
+        text = path.read_text()
+        assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
+        assert ast.get_docstring(ast.parse(text)), path
+        assert not re.search(r"\bprint\(|\bhasattr\(|except:|TODO|FIXME", text), path
+        assert text.count("\n") < 600, path
+    assert (PACKAGE / "__init__.py").read_text().count("\n") <= 45
+    assert not list(PACKAGE.rglob("utils.py"))
+
+
+def test_package_data_is_declared():
+    declared = (ROOT / "setup.cfg").read_text()
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert path.name in declared
+
+
+def test_everything_but_scores_works_without_the_extras():
+    blocked = "import sys\nfor name in ('evaluate', 'scipy', 'matplotlib', 'sentence_transformers'): sys.modules[name] = None\n"
+    modules = ["arguments", "cache", "card", "data", "layout", "losses", "projection", "student", "teachers", "trainer"]
+    script = blocked + "\n".join(f"import hf_distill.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert all(importlib.util.find_spec(f"hf_distill.{name}") for name in modules)

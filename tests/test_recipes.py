@@ -1,0 +1,243 @@
+import importlib
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import make_texts
+from huggingface_hub import ModelCard
+
+from hf_distill import DistillationTrainingArguments, PCAProjection, StudentModel, parse_arguments
+from hf_distill.evaluation.similarity import STS_SETS
+from hf_distill.layout import check_layout
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture(scope="session")
+def inputs(backbone_folder, teacher_folder, tmp_path_factory):
+    """Return the flags of a tiny run, text and STS folder included."""
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = make_texts(300, seed=3)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "sts").mkdir()
+    pairs = make_texts(40, seed=4)  # none of them is in the training text, as in the embedded default
+    assert not set(pairs) & set(texts)
+    for file, _ in STS_SETS.values():
+        rows = [f"{a}\t{b}\t{i % 6}" for i, (a, b) in enumerate(zip(pairs[::2], pairs[1::2], strict=True))]
+        (folder / "sts" / f"{file}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    flags = f"--teacher {teacher_folder} --backbone {backbone_folder} --texts {folder / 'texts.jsonl'} --layers 0 2 --dim 8"
+    flags += " --dims 4 8 --held_out 40 --per_device_train_batch_size 16 --num_train_epochs 4"
+    flags += " --learning_rate 1e-2 --logging_steps 5 --attention eager"
+    return [*flags.split(), "--disable_tqdm", "true", "--use_cpu", "true", "--bf16", "false"], str(folder / "sts")
+
+
+def run(flags, output, monkeypatch, cache="cache"):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    places = ["--output_dir", str(output), "--cache_dir", str(output.parent / cache)]
+    importlib.import_module("hpd").main([*flags, *places])
+    return json.loads((output / "results.json").read_text())
+
+
+def test_every_recipe_is_in_the_table_has_a_target_and_a_hundred_lines():
+    recipes = sorted(path.stem for path in RECIPES.glob("*.py") if "def main(" in path.read_text())
+    assert recipes == ["hpd"]
+    for name in recipes:
+        assert (RECIPES / f"{name}.py").read_text().count("\n") <= 100
+        assert f"recipes/{name}.py" in (ROOT / "Makefile").read_text()
+        assert f"{name}.py" in (RECIPES / "README.md").read_text()
+
+
+def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
+    flags, sts = inputs
+    results = run([*flags, "--sts", sts], tmp_path / "out", monkeypatch)
+    said = capsys.readouterr().out
+    assert list(results["rows"]) == ["teacher", "teacher, PCA 8", "untrained student", "student"]
+    scores = {name: row["scores"] for name, row in results["rows"].items()}
+    assert scores["teacher"]["fidelity_spearman"] == pytest.approx(100)
+    assert scores["student"]["fidelity_spearman"] > scores["untrained student"]["fidelity_spearman"]
+    assert {"sts_STS12", "sts_avg", "sts_avg@4", "fidelity_spearman@4"} <= scores["student"].keys()
+    assert not any("@" in key for key in scores["teacher"])  # a prefix of the teacher's own vectors means nothing
+    assert results["data"] | {"sha256": 0} == {
+        "name": None,
+        "rows": 260,
+        "columns": ["text"],
+        "held_out": 40,
+        "leaked": 0,
+        "sha256": 0,
+    }
+    for score in (scores["student"]["sts_avg"], scores["teacher, PCA 8"]["fidelity_neighbours"]):
+        assert f"{score:.2f}" in said
+    assert 'SentenceTransformer("' in said
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"dimensions.png", "training.png"}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert f"{scores['student']['sts_avg']:.2f}" in card.text
+    check_layout(tmp_path / "out")
+    assert PCAProjection.from_pretrained(tmp_path / "out").dim == 8
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_sts_adds_rows_and_leaves_the_training_as_it_is(inputs, tmp_path, monkeypatch):
+    flags, sts = inputs
+    plain = run(flags, tmp_path / "plain", monkeypatch, "cache-a")
+    scored = run([*flags, "--sts", sts], tmp_path / "scored", monkeypatch, "cache-b")
+    assert plain["data"] == scored["data"]
+    assert [line["loss"] for line in plain["log_history"] if "loss" in line] == [
+        line["loss"] for line in scored["log_history"] if "loss" in line
+    ]
+    one, two = (StudentModel.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "scored"))
+    assert all((one[key] == two[key]).all() for key in one)
+
+
+def test_same_command_again_goes_on_and_another_is_refused(inputs, tmp_path, monkeypatch):
+    flags, _ = inputs
+    first = run(flags, tmp_path / "out", monkeypatch)
+    trained = (tmp_path / "out" / "model.safetensors").read_bytes()
+    again = run(flags, tmp_path / "out", monkeypatch)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained
+    assert again["rows"] == first["rows"]
+    with pytest.raises(ValueError, match=r"holds another run \(settings.dim: 8 there, 6 now\)"):
+        run([*flags, "--dim", "6"], tmp_path / "out", monkeypatch)
+
+
+def test_leaks_are_reported_and_left_out(inputs, tmp_path, monkeypatch, caplog):
+    flags, sts = inputs
+    leaked = make_texts(40, seed=4)[7]
+    text = Path(flags[flags.index("--texts") + 1]).read_text() + json.dumps({"text": f"  {leaked.upper()}! "}) + "\n"
+    (tmp_path / "texts.jsonl").write_text(text)
+    mine = ["--texts", str(tmp_path / "texts.jsonl"), "--max_steps", "1", "--sts", sts]
+    results = run([*flags, *mine], tmp_path / "out", monkeypatch)
+    assert results["data"]["leaked"] == 1
+    assert results["data"]["rows"] == 260
+    assert "1 training texts stand in an evaluation set" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--dim", "25"], ValueError, "dim is 25, expected at most the teacher's 24"),
+        (["--max_texts", "5", "--dim", "8"], ValueError, "5 texts for 8 dimensions"),
+        (["--texts", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl is neither a file"),
+        (["--teacher", "nobody/nothing"], OSError, "neither a folder here nor a repository"),
+        (["--sts", "nowhere"], FileNotFoundError, "0 files sts12"),
+        (["--text_columns", "txt"], ValueError, "Did you mean 'text'"),
+        (["--start", "pca"], ValueError, "widths of student and teacher must agree"),
+    ],
+)
+def test_bad_input_ends_before_long_work(flags, error, message, inputs, tmp_path, monkeypatch):
+    with pytest.raises(error, match=message):
+        run([*inputs[0], *flags], tmp_path / "out", monkeypatch)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_unknown_flag_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run([*inputs[0], "--dimm", "8"], tmp_path / "out", monkeypatch)
+    assert "unrecognized arguments: --dimm" in capsys.readouterr().err
+
+
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+
+
+def test_configs_are_found():
+    assert [path.stem for path in CONFIGS] == ["hpd_minilm_f128", "hpd_tinybert_f128"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.chdir(tmp_path)
+    recipe_class = importlib.import_module(path.stem.split("_")[0]).HPDArguments
+    flags = ["--config", str(path), "--use_cpu", "true", "--seed", "7"]
+    recipe, args = parse_arguments(recipe_class, DistillationTrainingArguments, argv=flags)
+    assert (recipe.dim, recipe.activation, args.learning_rate, args.num_train_epochs, args.seed) == (128, "tanh", 1e-4, 5, 7)
+    lines = [
+        line for line in path.read_text().splitlines() if line and not line.startswith(("#", "output_dir", "texts_subset"))
+    ]
+    bare = [line for line in lines if "#" not in line]
+    assert len(lines) > 20
+    assert all(re.match(r"(eval_strategy|save_steps|load_best_model|greater_is_better|language)", line) for line in bare), bare
+
+
+@pytest.mark.slow
+def test_killed_half_way_the_same_command_ends_as_if_it_had_not_been(inputs, tmp_path):
+    script = """
+import os, signal, sys
+from transformers import Trainer
+step = Trainer.training_step
+def dying(self, *args, **kwargs):
+    if self.state.global_step == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+Trainer.training_step = dying
+sys.path.insert(0, os.environ["RECIPES"])
+import hpd
+hpd.main(sys.argv[1:])
+"""
+
+    def launch(output, kill_at):
+        flags = [*inputs[0], "--save_steps", "5", "--dropout", "0.1", "--output_dir", str(output)]
+        command = [sys.executable, "-c", script, *flags, "--cache_dir", str(tmp_path / "cache")]
+        environment = {**os.environ, "KILL_AT": str(kill_at), "RECIPES": str(RECIPES)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    whole = launch(tmp_path / "whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    killed = launch(tmp_path / "killed", 23)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert (tmp_path / "killed" / "checkpoint-20").exists()
+    again = launch(tmp_path / "killed", -1)
+    assert again.returncode == 0, again.stderr
+    one, two = (StudentModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    assert all((one[key] == two[key]).all() for key in one)
+    histories = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("whole", "killed")]
+    assert histories[0] == histories[1]
+
+
+def test_readme_block_runs_as_it_stands(backbone_folder, teacher_folder, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = next(block for block in blocks if "trainer.push_to_hub()" in block)
+    assert len(block.strip().splitlines()) <= 23
+    names = {
+        "sentence-transformers/all-mpnet-base-v2": teacher_folder,
+        "nreimers/MiniLM-L6-H384-uncased": backbone_folder,
+        "dim=128": "dim=8",
+        "bf16=True": "use_cpu=True, num_train_epochs=1, disable_tqdm=True",
+    }
+    for name, tiny in names.items():
+        assert name in block
+        block = block.replace(name, tiny)
+    texts = make_texts(60)
+    tiny_data = datasets.Dataset.from_dict({"anchor": texts[:30], "positive": texts[30:]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: tiny_data)
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return type("Url", (), {"repo_id": f"me/{name}"})()
+
+        def upload_folder(self, folder_path, **options):
+            pushed.append(Path(folder_path).resolve())
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "block.py").write_text(block)
+    runpy.run_path(str(tmp_path / "block.py"))
+    assert pushed == [tmp_path / "minilm-128"]
+    assert "me/minilm-128" in (pushed[0] / "README.md").read_text()
+    check_layout(pushed[0])
+
+
+def test_readme_commands_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text() + (ROOT / ".ci" / "run").read_text()))
+    assert {"hpd", "test", "test-all"} <= used <= targets
