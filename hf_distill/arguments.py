@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a run: our fields beside those of `TrainingArguments`, and flags or a YAML file made into them."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -137,15 +138,13 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **default
         ValueError: If a key of the file is no field. It would be ignored, and the run be another than the file says.
         FileNotFoundError: If the file is not there.
     """
-    parser = HfArgumentParser(classes)
-    parser.add_argument("--config", help="YAML file of settings; flags win over it.")
-    parser.set_defaults(**defaults)
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = (
-        parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
-        if "--config" in " ".join(argv)
-        else None
-    )
+    # An abbreviated flag would be taken for another one as soon as a paper adds a longer name.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", help="YAML file of settings; flags win over it.")
+    config = first.parse_known_args(argv)[0].config
+    parser = HfArgumentParser(classes, allow_abbrev=False, parents=[first])
+    parser.set_defaults(**defaults)
     if config:
         if not Path(config).is_file():
             raise FileNotFoundError(f"--config: {config} is not there, expected a YAML file of settings.")

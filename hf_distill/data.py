@@ -23,8 +23,9 @@ logger = logging.get_logger(__name__)
 
 RESERVED_COLUMNS = ("label", "labels", "score", "scores")
 _READERS = {
-    "tsv": ("csv", {"delimiter": "\t", "quoting": 3}),  # 3: a quotation mark is a character like any other
-    "csv": ("csv", {}),
+    # quoting=3: a quotation mark is a character like any other. keep_default_na: "null" and "NA" are words, not gaps.
+    "tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
+    "csv": ("csv", {"keep_default_na": False}),
     "jsonl": ("json", {}),
     "json": ("json", {}),
     "parquet": ("parquet", {}),
@@ -195,8 +196,8 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def normal_form(text: str) -> str:
-    """Return the text without case, punctuation and white space: what the leak check compares."""
-    return re.sub(r"[\W_]+", "", text.casefold())
+    """Return the text without case, punctuation and white space, unless nothing else is in it: what leaks are found by."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text.strip()
 
 
 def find_leaks(dataset: Dataset, columns: list[str], evaluation_texts: Iterable[str]) -> tuple[list[int], list[str]]:

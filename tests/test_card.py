@@ -77,13 +77,11 @@ def changed(results=RESULTS, **changes):
 
 
 @pytest.fixture
-def make(tmp_path):
-    def card(results=RESULTS, run=RUN, files=("training.png", "dimensions.png"), projection=True, **options) -> str:
-        if results:
-            write_results(tmp_path, results)
-        for name in [*files, *(["teacher_projection.safetensors"] if projection else [])]:
-            (tmp_path / name).touch()
-        return run_card(tmp_path, run, **{"name": "hpd-minilm", **options})
+def make():
+    def card(
+        results=RESULTS, run=RUN, plots=("training.png", "dimensions.png"), projection=True, name="hpd-minilm"
+    ) -> str:
+        return run_card({"data": {}, **run, **(results or {})}, name, plots, projection)
 
     return card
 
@@ -143,18 +141,13 @@ def test_without_sts_there_are_no_results_in_the_head(make):
     assert ModelCard(make(changed(rows__student__scores=scores))).data.eval_results is None
 
 
-def test_the_name_is_the_folders_if_none_is_given(make, tmp_path):
-    card = make(name=None)
-    assert f"\n# {tmp_path.name}\n" in card
-    assert f'SentenceTransformer("{tmp_path.name}")' in card
-
-
 # The text
 
 
 def test_every_number_of_the_score_table_is_that_of_results_json(make, tmp_path):
-    scores, dimensions = tables(make())
-    saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    saved = json.loads(write_results(tmp_path, RESULTS).read_text(encoding="utf-8"))
+    scores, dimensions = tables(make(saved))
+    saved = saved["rows"]
     assert list(scores) == list(saved) == ["teacher", "student"]
     columns = [*HEADINGS, "STS12", "STS-B"]
     for name, row in saved.items():
@@ -221,7 +214,7 @@ def test_headings_tables_and_images_stand_apart(make):
 
 
 def test_only_plots_that_are_there_are_shown(make):
-    assert re.findall(r"!\[.*\]\((.*)\)", make(files=("training.png",))) == ["training.png"]
+    assert re.findall(r"!\[.*\]\((.*)\)", make(plots=("training.png",))) == ["training.png"]
     assert re.findall(r"!\[.*\]\((.*)\)", make()) == ["training.png", "dimensions.png"]
 
 
@@ -255,7 +248,7 @@ def test_a_run_with_a_licence_is_not_warned_of(make, caplog):
 
 def test_without_results_the_card_says_what_the_trainer_knows(make, caplog):
     with caplog.at_level(logging.WARNING):
-        card = make(None, files=())
+        card = make(None, plots=())
     data = ModelCard(card).data
     assert data.base_model == ["nreimers/MiniLM-L6-H384-uncased", "sentence-transformers/all-MiniLM-L6-v2"]
     assert (data.eval_results, data.datasets, data.license) == (None, None, None)

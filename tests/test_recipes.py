@@ -31,7 +31,7 @@ def inputs(backbone_folder, teacher_folder, tmp_path_factory):
     (folder / "sts").mkdir()
     pairs = make_texts(40, seed=4)  # none of them is in the training text, as in the embedded default
     assert not set(pairs) & set(texts)
-    for file, _ in STS_SETS.values():
+    for file, *_ in STS_SETS.values():
         rows = [f"{a}\t{b}\t{i % 6}" for i, (a, b) in enumerate(zip(pairs[::2], pairs[1::2], strict=True))]
         (folder / "sts" / f"{file}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
     flags = f"--teacher {teacher_folder} --backbone {backbone_folder} --texts {folder / 'texts.jsonl'} --layers 0 2 --dim 8"

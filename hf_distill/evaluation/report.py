@@ -143,14 +143,16 @@ def command(argv: list[str]) -> str:
         if flag.startswith("--") and "token" in flag and value:
             word = f"{flag}=…"
         words.append(re.sub(r"(^|=)/(?:[^/=]+/)*([^/=]+)", r"\1…/\2", word))
-    return shlex.join(words).replace("'", "") if any("…" in word for word in words) else shlex.join(words)
+    return " ".join(shlex.quote(word.replace("…", "_")).replace(word.replace("…", "_"), word) for word in words)
 
 
 def commit() -> str | None:
     """Return the commit of the package's source, with "+changes" if files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(here)]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parents[2])]
     try:
+        # Installed inside the folder of another project, the commit would be that project's.
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

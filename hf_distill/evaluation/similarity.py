@@ -14,17 +14,17 @@ from .metrics.embedding_fidelity import embedding_fidelity
 
 Encode = Callable[[list[str]], Any]
 
-# The seven sets of SentEval as SimCSE and HPD report them: name -> (file in a local folder, Hub id).
+# The seven sets of SentEval as SimCSE and HPD report them: name -> (file in a local folder, Hub id, split there).
 STS_SETS = {
-    "STS12": ("sts12", "mteb/sts12-sts"),
-    "STS13": ("sts13", "mteb/sts13-sts"),
-    "STS14": ("sts14", "mteb/sts14-sts"),
-    "STS15": ("sts15", "mteb/sts15-sts"),
-    "STS16": ("sts16", "mteb/sts16-sts"),
-    "STS-B": ("stsb-test", "mteb/stsbenchmark-sts"),
-    "SICK-R": ("sick-test", "mteb/sickr-sts"),
+    "STS12": ("sts12", "mteb/sts12-sts", "test"),
+    "STS13": ("sts13", "mteb/sts13-sts", "test"),
+    "STS14": ("sts14", "mteb/sts14-sts", "test"),
+    "STS15": ("sts15", "mteb/sts15-sts", "test"),
+    "STS16": ("sts16", "mteb/sts16-sts", "test"),
+    "STS-B": ("stsb-test", "mteb/stsbenchmark-sts", "test"),
+    "SICK-R": ("sick-test", "mteb/sickr-sts", "test"),
 }
-STS_DEV_SETS = {"STS-B dev": ("stsb-dev", "mteb/stsbenchmark-sts")}
+STS_DEV_SETS = {"STS-B dev": ("stsb-dev", "mteb/stsbenchmark-sts", "validation")}
 
 
 class STSEvaluator:
@@ -36,7 +36,7 @@ class STSEvaluator:
     Args:
         source: Folder with a file a set (`sts12.tsv.gz`, `stsb-test.tsv.gz`, ... with sentence1, sentence2, score), or None
             for the Hub.
-        sets: Name -> (file, Hub id); the seven test sets, or STS_DEV_SETS to choose on.
+        sets: Name -> (file, Hub id, split); the seven test sets, or STS_DEV_SETS to choose on.
         dims: Also score the first so many dimensions of each embedding, as `sts_avg@32`.
 
     Raises:
@@ -46,13 +46,12 @@ class STSEvaluator:
     def __init__(
         self,
         source: str | Path | None = None,
-        sets: dict[str, tuple[str, str]] | None = None,
+        sets: dict[str, tuple[str, str, str]] | None = None,
         dims: Sequence[int] = (),
-        split: str = "test",
     ) -> None:
         self.dims = dims
         self.sets: dict[str, tuple[list[str], list[str], np.ndarray]] = {}
-        for name, (file, hub_id) in (sets or STS_SETS).items():
+        for name, (file, hub_id, split) in (sets or STS_SETS).items():
             rows = load_texts(_file(Path(source), file) if source else hub_id, split=split)
             missing = {"sentence1", "sentence2", "score"} - set(rows.column_names)
             if missing:

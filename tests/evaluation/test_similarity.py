@@ -31,7 +31,11 @@ HUMAN = {
     "SICK-R": ([1, 1, 2, 3], 100 * 4.5 / math.sqrt(4.5 * 5)),
 }
 TIED, TIED_SCORE = [1, 2, 1, 3], 100 * 3 / math.sqrt(4.5 * 5)  # ranks 1.5, 3, 1.5, 4: product 3
-RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 def write_sets(folder: Path) -> Path:
@@ -81,9 +85,9 @@ def test_tied_scores_share_their_rank():
     assert cosine_spearman(7 * first, second, TIED) == pytest.approx(TIED_SCORE)  # lengths do not matter
 
 
-def test_first_dimensions_are_scored_as_embeddings_of_their_own(tmp_path):
+def test_first_dimensions_are_scored_as_embeddings_of_their_own(tmp_path, rng):
     evaluator = STSEvaluator(write_sets(tmp_path), dims=[2, 5, 8, 9])
-    vectors = {text: RNG.normal(size=8) for text in evaluator.texts()}
+    vectors = {text: rng.normal(size=8) for text in evaluator.texts()}
     scores = evaluator(lambda texts: np.stack([vectors[text] for text in texts]))
     for dim in (2, 5, 8):
         expected = []
@@ -107,7 +111,9 @@ def test_every_sentence_is_encoded_once(tmp_path):
 
 def test_a_missing_set_is_refused(tmp_path):
     (write_sets(tmp_path) / "sts14.tsv.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"0 files sts14\.\* in .*'sts13.tsv.gz'.*read as the mean of all sets"):
+    with pytest.raises(
+        FileNotFoundError, match=r"0 files sts14\.\* in .*'sts13.tsv.gz'.*read as the mean of all sets"
+    ):
         STSEvaluator(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"0 files sts12\.\* in .*no folder"):
         STSEvaluator(tmp_path / "nowhere")
@@ -121,7 +127,9 @@ def test_two_files_of_one_set_are_refused(tmp_path):
 
 def test_a_set_without_scores_is_refused(tmp_path):
     (write_sets(tmp_path) / "sts16.tsv.gz").write_bytes(gzip.compress(b"sentence1\ts2\tgold\na\tb\t1\n"))
-    with pytest.raises(ValueError, match=r"STS16 has columns \['sentence1', 's2', 'gold'\], .*\['score', 'sentence2'\]"):
+    with pytest.raises(
+        ValueError, match=r"STS16 has columns \['sentence1', 's2', 'gold'\], .*\['score', 'sentence2'\]"
+    ):
         STSEvaluator(tmp_path)
 
 
@@ -148,8 +156,8 @@ def test_the_dev_set_from_the_hub_is_not_the_test_set(monkeypatch):
 # Fidelity
 
 
-def turned(vectors: np.ndarray) -> np.ndarray:
-    rotation, _ = np.linalg.qr(RNG.normal(size=(vectors.shape[1], vectors.shape[1])))
+def turned(vectors, rng):
+    rotation, _ = np.linalg.qr(rng.normal(size=(vectors.shape[1], vectors.shape[1])))
     return vectors @ rotation
 
 
@@ -165,10 +173,10 @@ TEACHER, STUDENT = on_a_circle(0, 10, 44, 90), on_a_circle(0, 40, 51, 90)
 BY_HAND = {"fidelity_spearman": 60.0, "fidelity_neighbours": 75.0}
 
 
-@pytest.mark.parametrize("change", [lambda x: x, turned, lambda x: x * RNG.uniform(0.1, 9, (len(x), 1))])
-def test_the_teacher_itself_turned_or_stretched_agrees_wholly(change):
-    vectors = RNG.normal(size=(40, 6))
-    scores = embedding_fidelity(change(vectors), vectors)
+@pytest.mark.parametrize("change", [lambda x, rng: x, turned, lambda x, rng: x * rng.uniform(0.1, 9, (len(x), 1))])
+def test_the_teacher_itself_turned_or_stretched_agrees_wholly(change, rng):
+    vectors = rng.normal(size=(40, 6))
+    scores = embedding_fidelity(change(vectors, rng), vectors)
     assert scores == pytest.approx({"fidelity_spearman": 100, "fidelity_neighbours": 100}, abs=1e-3)
 
 
@@ -176,8 +184,8 @@ def test_scores_are_those_by_hand():
     assert embedding_fidelity(STUDENT, TEACHER, neighbours=1) == pytest.approx(BY_HAND)
 
 
-def test_scores_equal_a_naive_derivation():
-    student, teacher = RNG.normal(size=(25, 3)), RNG.normal(size=(25, 7))
+def test_scores_equal_a_naive_derivation(rng):
+    student, teacher = rng.normal(size=(25, 3)), rng.normal(size=(25, 7))
     near, cosines = [], []
     for vectors in (student, teacher):
         matrix = [[cosine(a, b) for b in vectors] for a in vectors]
@@ -188,18 +196,20 @@ def test_scores_equal_a_naive_derivation():
     assert embedding_fidelity(student, teacher, neighbours=4) == pytest.approx(expected, abs=1e-3)
 
 
-def test_too_few_texts_are_refused():
-    vectors = RNG.normal(size=(12, 4))
+def test_too_few_texts_are_refused(rng):
+    vectors = rng.normal(size=(12, 4))
     embedding_fidelity(vectors, vectors)
-    with pytest.raises(ValueError, match="11 student and 11 teacher vectors, expected as many of both and more than 11"):
+    with pytest.raises(
+        ValueError, match="11 student and 11 teacher vectors, expected as many of both and more than 11"
+    ):
         embedding_fidelity(vectors[:11], vectors[:11])
     with pytest.raises(ValueError, match="12 student and 11 teacher"):
         embedding_fidelity(vectors, vectors[:11])
 
 
-def test_the_evaluator_encodes_the_held_out_texts_and_their_first_dimensions():
+def test_the_evaluator_encodes_the_held_out_texts_and_their_first_dimensions(rng):
     texts = [f"text {i}" for i in range(20)]
-    vectors, teacher = RNG.normal(size=(20, 6)), RNG.normal(size=(20, 9))
+    vectors, teacher = rng.normal(size=(20, 6)), rng.normal(size=(20, 9))
     evaluator = FidelityEvaluator(texts, teacher, dims=[2, 7], neighbours=3)
     scores = evaluator(lambda asked: vectors if asked == texts else None)
     whole, cut = embedding_fidelity(vectors, teacher, 3), embedding_fidelity(vectors[:, :2], teacher, 3)
@@ -246,7 +256,9 @@ def test_the_fidelity_metric_opens_from_its_file_and_takes_its_option(load):
 @pytest.mark.parametrize("module", [cosine_spearman_file, embedding_fidelity_file])
 def test_metrics_need_nothing_of_this_package(module):
     source = Path(module.__file__).read_text(encoding="utf-8")
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))}
+    imported = {
+        line.split()[1].split(".")[0] for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))
+    }
     assert imported == {"datasets", "evaluate", "numpy", "scipy"}
 
 
