@@ -71,7 +71,8 @@ class DistillationTrainer(Trainer):
         self.teacher, self.loss, self.evaluators = teacher, loss, list(evaluators)
         _require_same_width(student, teacher)
         tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
-        self.columns = text_columns(train_dataset, args.text_columns) if train_dataset is not None else []
+        given = [part for part in (train_dataset, eval_dataset) if part is not None]
+        self.columns = text_columns(_first(given[0]), args.text_columns) if given else []
         train_dataset = self._prepare(train_dataset, student, tokenizer)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare(part, student, tokenizer) for name, part in eval_dataset.items()}
@@ -186,7 +187,12 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the host's loader, or nothing to load when there are only evaluators."""
-        return [] if self.eval_dataset == [] and not eval_dataset else super().get_eval_dataloader(eval_dataset)
+        if self.eval_dataset == [] and not eval_dataset:
+            return []
+        if isinstance(eval_dataset, datasets.Dataset) and "input_ids" not in eval_dataset.column_names:
+            student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            eval_dataset = self._prepare(eval_dataset, student, self.processing_class)
+        return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Run the host's loop, if there is an evaluation set, and each evaluator once, on the main process."""
@@ -314,6 +320,10 @@ def _differences(saved: Any, facts: dict[str, Any], prefix: str = "") -> Iterato
             yield from _differences(old, value, f"{prefix}{key}.")
         elif old != value:
             yield f"{prefix}{key}", old, value
+
+
+def _first(dataset: Any) -> Any:
+    return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
 
 
 def _require_same_width(student: StudentModel, teacher: Teacher) -> None:

@@ -1,3 +1,4 @@
+import inspect
 import pickle
 from dataclasses import dataclass, field, fields
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_distill import DistillationTrainingArguments, parse_arguments
+from hf_distill import DistillationTrainingArguments, EncoderTeacher, StudentModel, parse_arguments
 from hf_distill.arguments import RecipeArguments
 
 
@@ -108,6 +109,24 @@ def test_what_is_trained_tells_runs_apart_and_what_is_measured_does_not():
     }
     for key, value in others.items():
         assert RecipeArguments(**{key: value}).identity() != same, key
+
+
+def test_recipes_hand_on_what_models_are_made_from():
+    recipe = RecipeArguments(
+        teacher_revision="main",
+        teacher_pooling="cls",
+        teacher_max_length=9,
+        layers=[1],
+        max_length=7,
+        dropout=0.25,
+        attention="eager",
+    )
+    teacher = {"revision": "main", "pooling": "cls", "max_length": 9}
+    student = {"layers": [1], "max_length": 7, "dropout": 0.25, "attn_implementation": "eager"}
+    assert recipe.teacher_options() == teacher
+    assert recipe.student_options() == student
+    inspect.signature(EncoderTeacher).bind("name", **teacher)
+    inspect.signature(StudentModel.from_backbone).bind("name", **student)
 
 
 # Flags and files

@@ -106,6 +106,17 @@ def test_what_is_nowhere_is_refused_with_the_remedy(name):
         load_texts(name)
 
 
+def test_a_data_set_of_the_hub_is_asked_for_by_subset_and_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr("hf_distill.data.load_dataset", lambda *args, **options: asked.append((args, options)))
+    load_texts("org/texts", "pair", "validation", streaming=True)
+    load_texts("org/texts")
+    assert asked == [
+        (("org/texts", "pair"), {"split": "validation", "streaming": True}),
+        (("org/texts", None), {"split": "train", "streaming": False}),
+    ]
+
+
 # Columns and texts
 
 

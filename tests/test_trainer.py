@@ -213,6 +213,14 @@ def test_evaluation_set_and_evaluators_together(make, texts):
     assert (metrics["eval_quality"], metrics["eval_width"]) == (1.0, 24)
 
 
+def test_evaluation_alone_on_named_and_on_given_sets(make, texts):
+    parts = {name: Dataset.from_dict({"text": texts[a : a + 8]}) for name, a in (("first", 0), ("second", 8))}
+    trainer = make(train_dataset=None, eval_dataset=parts)
+    metrics = trainer.evaluate()
+    assert metrics["eval_second_loss"] == pytest.approx(trainer.evaluate(parts["second"])["eval_loss"], rel=1e-6)
+    assert metrics["eval_first_loss"] != metrics["eval_second_loss"]
+
+
 def test_pairs_of_columns(make, cache, texts):
     pairs = Dataset.from_dict({"anchor": texts[:48], "positive": texts[48:], "score": [0.5] * 48})
     seen = []

@@ -1,0 +1,58 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+RUNS = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+STUDENTS = {name: run for name, run in RUNS.items() if "rows" in run}
+
+
+def test_results_are_found_each_with_what_made_it():
+    assert "hpd" in STUDENTS
+    assert "memory" in RUNS
+    for run in RUNS.values():
+        made = run["provenance"]
+        assert made["command"]
+        assert made["commit"]
+        assert not made["commit"].endswith("+changes")  # the commit alone gives the numbers again
+        assert made["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_card_is_made_from_the_result(name):
+    card = ModelCard.load(ROOT / "model_cards" / f"{name}.md")
+    scores = STUDENTS[name]["rows"]["student"]["scores"]
+    listed = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert listed == {key[4:]: round(value, 2) for key, value in scores.items() if key.startswith("sts_") and "avg" not in key}
+    assert len(listed) == 7
+    assert f"{scores['sts_avg']:.2f}" in card.text
+
+
+def test_making_tables_and_cards_again_changes_nothing():
+    files = [ROOT / "README.md", RESULTS / "README.md", *(ROOT / "model_cards" / f"{name}.md" for name in STUDENTS)]
+    before = [path.read_text() for path in files]
+    spec = importlib.util.spec_from_file_location("make_results", RESULTS / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    assert [path.read_text() for path in files] == before
+    assert sorted(path.stem for path in (ROOT / "model_cards").glob("*.md")) == sorted(STUDENTS)
+
+
+def test_the_default_run_keeps_what_was_asked_of_it():
+    rows = STUDENTS["hpd"]["rows"]
+    average = {name: row["scores"]["sts_avg"] for name, row in rows.items()}
+    assert average["student"] >= 0.97 * average["teacher"]
+    assert average["student"] >= 0.98 * average["teacher, PCA 128"]
+    assert average["student"] > average["untrained student"]
+
+
+def test_memory_does_not_grow_with_the_number_of_texts():
+    for row in RUNS["memory"]["peak_memory"].values():
+        assert row["difference, MB"] < 60
+    assert RUNS["memory"]["import_s"] < 0.1
