@@ -58,17 +58,10 @@ class PCAProjection:
         for block in blocks:
             # Squares of numbers near 1 lose the small variances in float32.
             block = block.double()
-            if count == 0 and dim > block.shape[1]:
-                raise ValueError(
-                    f"PCAProjection: dim is {dim}, expected at most the teacher's {block.shape[1]} dimensions. There are no "
-                    "more directions. Lower dim."
-                )
+            if count == 0:
+                cls.require(dim, block.shape[1])
             count, total, square = count + len(block), total + block.sum(0), square + block.T @ block
-        if count < dim:
-            raise ValueError(
-                f"PCAProjection: {count} texts for {dim} dimensions, expected at least as many texts. The last directions "
-                "would be arbitrary. Add texts to the cache or lower dim."
-            )
+        cls.require(dim, dim, count)
         if not torch.isfinite(square).all():
             raise ValueError("PCAProjection: a target is NaN or infinite, expected numbers. Every component would be NaN.")
         mean = total / count
@@ -78,6 +71,20 @@ class PCAProjection:
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         variance = variance.flip(0).clamp(min=0)
         return cls(components * largest.sign(), mean, variance[:dim], variance.sum().item(), center)
+
+    @staticmethod
+    def require(dim: int, teacher_dim: int, texts: int | None = None) -> None:
+        """Raise if so many dimensions can't be had from the teacher and the texts; `fit` does, a recipe before caching."""
+        if dim > teacher_dim:
+            raise ValueError(
+                f"PCAProjection: dim is {dim}, expected at most the teacher's {teacher_dim} dimensions. There are no more "
+                "directions. Lower dim."
+            )
+        if texts is not None and texts < dim:
+            raise ValueError(
+                f"PCAProjection: {texts} texts for {dim} dimensions, expected at least as many texts. The last directions "
+                "would be arbitrary. Add texts to the cache or lower dim."
+            )
 
     @property
     def explained_variance(self) -> float:

@@ -4,6 +4,7 @@
 import logging
 from dataclasses import dataclass, field
 
+import torch
 from demo import demo_defaults, fill_in, gcide_texts
 from transformers import set_seed
 
@@ -29,6 +30,10 @@ class HPDArguments(RecipeArguments):
     start: str = field(default="auto", metadata={"help": "Projection from pca, random, or auto (pca if widths agree)."})
     normalize_loss: bool = field(default=True, metadata={"help": "Compare directions: both sides at unit length."})
 
+    def __post_init__(self) -> None:
+        if self.start not in ("auto", "pca", "random"):
+            raise ValueError(f"hpd: start is {self.start!r}, expected 'auto', 'pca' or 'random'.")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Cache the teacher, reduce it, train the student, measure all of them."""
@@ -40,29 +45,30 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # a projection that starts at random is made before the trainer
     report = RunReport("hpd", HPDLoss.paper)
     sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
+    dataset = load_texts(recipe.texts, recipe.texts_subset) if recipe.texts else gcide_texts()
     texts = TrainingTexts.split(
-        load_texts(recipe.texts, recipe.texts_subset) if recipe.texts else gcide_texts(),
-        args.text_columns,
-        recipe.held_out,
-        recipe.max_texts,
-        args.seed,
-        leaks_from=sts.texts() if sts else [],
+        dataset, args.text_columns, recipe.held_out, recipe.max_texts, args.seed, leaks_from=sts.texts() if sts else []
     )
 
     teacher = EncoderTeacher(recipe.teacher, **recipe.teacher_options())
     teacher.name = recipe.teacher_name or teacher.name
+    student = StudentModel.from_backbone(
+        recipe.backbone, projection_dim=recipe.dim, activation=recipe.activation, **recipe.student_options()
+    )
+    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+    # What does not fit is refused now, not after the teacher's hours.
+    PCAProjection.require(recipe.dim, teacher.dim, len(texts.train))
+    from_pca = recipe.start == "pca" or (recipe.start == "auto" and student.config.hidden_size == teacher.dim)
+    if from_pca:
+        student.start_projection(torch.zeros(recipe.dim, teacher.dim))
+
     cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher))
     with report.timed("caching"):
         cache.add(*texts.text_columns())
         cache.add(texts.held_out, sts.texts() if sts else [])
     projection = PCAProjection.fit(cache.blocks(texts.all()), recipe.dim, recipe.center)
     projected = cache.project(projection)
-
-    student = StudentModel.from_backbone(
-        recipe.backbone, projection_dim=recipe.dim, activation=recipe.activation, **recipe.student_options()
-    )
-    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
-    if recipe.start == "pca" or (recipe.start == "auto" and student.config.hidden_size == teacher.dim):
+    if from_pca:
         sample = texts.held_out[:256]
         student.start_projection(projection.components, sample, projected.encode(sample))
 

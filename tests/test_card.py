@@ -78,9 +78,7 @@ def changed(results=RESULTS, **changes):
 
 @pytest.fixture
 def make():
-    def card(
-        results=RESULTS, run=RUN, plots=("training.png", "dimensions.png"), projection=True, name="hpd-minilm"
-    ) -> str:
+    def card(results=RESULTS, run=RUN, plots=("training.png", "dimensions.png"), projection=True, name="hpd-minilm") -> str:
         return run_card({"data": {}, **run, **(results or {})}, name, plots, projection)
 
     return card

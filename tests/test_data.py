@@ -159,9 +159,7 @@ def test_empty_and_missing_texts_are_refused_with_their_rows():
         texts[row] = value
     dataset = Dataset.from_dict({"a": ["a cat"] * 1500, "b": texts})
     require_texts(dataset, ["a"])
-    with pytest.raises(
-        ValueError, match=r"column 'b' has 3 empty or missing texts, in rows 2, 7, 1203, expected none"
-    ):
+    with pytest.raises(ValueError, match=r"column 'b' has 3 empty or missing texts, in rows 2, 7, 1203, expected none"):
         require_texts(dataset, ["a", "b"])
 
 
@@ -244,9 +242,7 @@ def padding(lengths, order, size):
     return 1 - sum(map(sum, blocks)) / sum(len(block) * max(block) for block in blocks)
 
 
-@pytest.mark.parametrize(
-    ("rows", "block", "pool"), [(103, 8, 50), (103, 8, 2), (64, 8, 3), (5, 8, 50), (1, 1, 1), (9, 1, 4)]
-)
+@pytest.mark.parametrize(("rows", "block", "pool"), [(103, 8, 50), (103, 8, 2), (64, 8, 3), (5, 8, 50), (1, 1, 1), (9, 1, 4)])
 def test_every_row_comes_exactly_once(rows, block, pool):
     sampler = LengthGroupedSampler([i % 7 for i in range(rows)], block, seed=3, pool=pool)
     assert len(sampler) == rows

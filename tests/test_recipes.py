@@ -130,12 +130,16 @@ def test_leaks_are_reported_and_left_out(inputs, tmp_path, monkeypatch, caplog):
         (["--sts", "nowhere"], FileNotFoundError, "0 files sts12"),
         (["--text_columns", "txt"], ValueError, "Did you mean 'text'"),
         (["--start", "pca"], ValueError, "widths of student and teacher must agree"),
+        (["--start", "pac"], ValueError, "start is 'pac'"),
+        (["--layers", "0", "9"], ValueError, r"layers is \[0, 9\]"),
+        (["--backbone", "nobody/nothing"], OSError, "nobody/nothing"),
     ],
 )
 def test_bad_input_ends_before_long_work(flags, error, message, inputs, tmp_path, monkeypatch):
     with pytest.raises(error, match=message):
         run([*inputs[0], *flags], tmp_path / "out", monkeypatch)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # nothing was encoded
 
 
 def test_unknown_flag_is_refused(inputs, tmp_path, monkeypatch, capsys):

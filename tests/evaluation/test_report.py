@@ -121,9 +121,7 @@ def test_tokens_are_left_out_of_the_command(argv):
 
 
 def test_names_of_folders_of_this_machine_are_left_out_of_the_command():
-    found = command(
-        ["/home/me/run/hpd.py", "--sts", "/data/me/sts/", "--texts=/data/me/my.tsv.gz", "--cache_dir", "a/b"]
-    )
+    found = command(["/home/me/run/hpd.py", "--sts", "/data/me/sts/", "--texts=/data/me/my.tsv.gz", "--cache_dir", "a/b"])
     assert found == "…/hpd.py --sts …/sts/ --texts=…/my.tsv.gz --cache_dir a/b"
     assert command(["hpd.py", "/x"]) == "hpd.py …/x"
 

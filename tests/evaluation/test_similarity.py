@@ -111,9 +111,7 @@ def test_every_sentence_is_encoded_once(tmp_path):
 
 def test_a_missing_set_is_refused(tmp_path):
     (write_sets(tmp_path) / "sts14.tsv.gz").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"0 files sts14\.\* in .*'sts13.tsv.gz'.*read as the mean of all sets"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"0 files sts14\.\* in .*'sts13.tsv.gz'.*read as the mean of all sets"):
         STSEvaluator(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"0 files sts12\.\* in .*no folder"):
         STSEvaluator(tmp_path / "nowhere")
@@ -127,9 +125,7 @@ def test_two_files_of_one_set_are_refused(tmp_path):
 
 def test_a_set_without_scores_is_refused(tmp_path):
     (write_sets(tmp_path) / "sts16.tsv.gz").write_bytes(gzip.compress(b"sentence1\ts2\tgold\na\tb\t1\n"))
-    with pytest.raises(
-        ValueError, match=r"STS16 has columns \['sentence1', 's2', 'gold'\], .*\['score', 'sentence2'\]"
-    ):
+    with pytest.raises(ValueError, match=r"STS16 has columns \['sentence1', 's2', 'gold'\], .*\['score', 'sentence2'\]"):
         STSEvaluator(tmp_path)
 
 
@@ -199,9 +195,7 @@ def test_scores_equal_a_naive_derivation(rng):
 def test_too_few_texts_are_refused(rng):
     vectors = rng.normal(size=(12, 4))
     embedding_fidelity(vectors, vectors)
-    with pytest.raises(
-        ValueError, match="11 student and 11 teacher vectors, expected as many of both and more than 11"
-    ):
+    with pytest.raises(ValueError, match="11 student and 11 teacher vectors, expected as many of both and more than 11"):
         embedding_fidelity(vectors[:11], vectors[:11])
     with pytest.raises(ValueError, match="12 student and 11 teacher"):
         embedding_fidelity(vectors, vectors[:11])
@@ -256,9 +250,7 @@ def test_the_fidelity_metric_opens_from_its_file_and_takes_its_option(load):
 @pytest.mark.parametrize("module", [cosine_spearman_file, embedding_fidelity_file])
 def test_metrics_need_nothing_of_this_package(module):
     source = Path(module.__file__).read_text(encoding="utf-8")
-    imported = {
-        line.split()[1].split(".")[0] for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))
-    }
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))}
     assert imported == {"datasets", "evaluate", "numpy", "scipy"}
 
 
