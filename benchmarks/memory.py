@@ -74,7 +74,7 @@ def main() -> None:
         return
     from demo import gcide_texts
 
-    from hf_distill.evaluation.report import provenance, table
+    from hf_distill.evaluation.report import provenance, table, write_results
 
     rows: dict[str, dict[str, float]] = {"caching": {}, "training": {}}
     with tempfile.TemporaryDirectory() as name:
@@ -97,7 +97,7 @@ def main() -> None:
         imports.append(float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout))
         time.sleep(0.1)
     result = {"peak_memory": rows, "import_s": statistics.median(imports), "provenance": provenance(seed=0)}
-    (RECIPES / "results" / "memory.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(RECIPES / "results", result, "memory")
     print(table(rows, "peak resident memory"))
     print(f"import hf_distill: {result['import_s'] * 1000:.1f} ms (median of 5 fresh processes)")
 

@@ -177,9 +177,9 @@ def _hardware() -> str:
     return f"{os.cpu_count()} cores of {features.get('cpu_name', platform.machine())}"
 
 
-def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
-    """Write results.json, numbers rounded to what they are good for."""
-    path = Path(folder) / "results.json"
+def write_results(folder: str | Path, results: Mapping[str, Any], name: str = "results") -> Path:
+    """Write results.json (or another name), numbers rounded to what they are good for."""
+    path = Path(folder) / f"{name}.json"
     path.write_text(json.dumps(_rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
