@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default of every recipe: a teacher and texts from published packages, no network."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def fill_in(recipe: Any) -> None:
         recipe.license = recipe.license or "apache-2.0"
     if recipe.texts is None:
         recipe.texts_name, recipe.language = TEXTS, recipe.language or "en"
+    elif recipe.texts_name is None:
+        recipe.texts_name = Path(recipe.texts).name if Path(recipe.texts).exists() else recipe.texts
 
 
 def teacher_folder() -> str:

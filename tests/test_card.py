@@ -65,7 +65,7 @@ HEADINGS = {"fidelity ρ": "fidelity_spearman", "same 10-NN": "fidelity_neighbou
 
 
 def changed(results=RESULTS, **changes):
-    """Return a copy with some values set; "a.b" is b in a."""
+    """Return a copy with some values set; a__b is b in a."""
     results = copy.deepcopy(results)
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -102,6 +102,7 @@ def test_the_head_says_what_the_hub_asks_for(make):
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
     assert data.base_model == ["nreimers/MiniLM-L6-H384-uncased", "sentence-transformers/all-MiniLM-L6-v2"]
     assert data.datasets == ["org/texts"]
+    assert ModelCard(make(changed(language="de"))).data.language == "de"
     assert {"hf_distill", "knowledge-distillation", "HPDLoss", "sentence-transformers"} <= set(data.tags)
 
 

@@ -67,7 +67,7 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     assert {"sts_STS12", "sts_avg", "sts_avg@4", "fidelity_spearman@4"} <= scores["student"].keys()
     assert not any("@" in key for key in scores["teacher"])  # a prefix of the teacher's own vectors means nothing
     assert results["data"] | {"sha256": 0} == {
-        "name": None,
+        "name": "texts.jsonl",
         "rows": 260,
         "columns": ["text"],
         "held_out": 40,

@@ -56,7 +56,10 @@ class STSEvaluator:
             missing = {"sentence1", "sentence2", "score"} - set(rows.column_names)
             if missing:
                 raise ValueError(f"STSEvaluator: {name} has columns {rows.column_names}, but not {sorted(missing)}.")
-            self.sets[name] = (list(rows["sentence1"]), list(rows["sentence2"]), np.asarray(rows["score"], np.float64))
+            human = np.asarray(rows["score"], np.float64)
+            if np.isnan(human).any():
+                raise ValueError(f"STSEvaluator: {name} has no score in row {int(np.isnan(human).argmax())}, expected numbers.")
+            self.sets[name] = (list(rows["sentence1"]), list(rows["sentence2"]), human)
 
     def texts(self) -> list[str]:
         """Return every distinct sentence: what the leak check compares with, and what an encoder is given."""

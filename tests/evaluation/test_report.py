@@ -297,8 +297,8 @@ def test_seconds_of_one_name_add_up(monkeypatch):
     assert run.timings_s == {"evaluation": 7.5, "training": 1.0}
 
 
-def test_a_finished_run_lies_whole_in_its_folder(student, tmp_path):
-    student.save_pretrained(tmp_path)
+def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "check_layout", lambda folder: {"AutoModel": f"checked {folder}"})
     cards = []
     trainer = SimpleNamespace(
         args=SimpleNamespace(
@@ -335,7 +335,7 @@ def test_a_finished_run_lies_whole_in_its_folder(student, tmp_path):
     assert (results["recipe"], results["paper"], results["teacher"]) == ("hpd", "2203.07687", "the teacher")
     assert (results["data"], results["projection"]) == ({"name": "texts"}, {"dim": 128})
     assert (results["license"], results["language"], results["provenance"]["seed"]) == ("mit", None, 11)
-    assert results["layout"]["AutoModel"] == "backbone whole"
+    assert results["layout"] == {"AutoModel": f"checked {tmp_path}"}
     assert results["log_history"] == RESULTS["log_history"]
     assert (tmp_path / "training.png").exists()
     assert score_table(RESULTS) in closing

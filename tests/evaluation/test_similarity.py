@@ -135,6 +135,13 @@ def test_other_sets_can_be_scored_in_any_format(tmp_path):
     assert STSEvaluator(tmp_path, sets=STS_DEV_SETS)(encode) == pytest.approx({"sts_STS-B dev": -100, "sts_avg": -100})
 
 
+def test_a_missing_score_is_named(tmp_path):
+    rows = ['{"sentence1": "a", "sentence2": "b", "score": 1.5}', '{"sentence1": "a", "sentence2": "b", "score": null}']
+    (tmp_path / "stsb-dev.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="STS-B dev has no score in row 1"):
+        STSEvaluator(tmp_path, sets=STS_DEV_SETS)
+
+
 def test_sets_from_the_hub_are_asked_for_by_their_id():
     with pytest.raises(FileNotFoundError, match=r"mteb/sts12-sts.*split 'test'"):
         STSEvaluator()
