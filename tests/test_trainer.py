@@ -115,6 +115,19 @@ def test_batch_of_four_equals_two_accumulated_batches_of_two(strategy, make):
     assert losses(split, "loss_mse") == pytest.approx(losses(whole, "loss_mse"), rel=1e-4)
 
 
+def test_a_column_named_labels_does_not_scale_the_loss_twice(make, cache):
+    """The host takes a batch with `labels` for one whose loss is already scaled for accumulation: gradients double."""
+    runs = []
+    for name, size, steps in (("a", 4, 1), ("b", 2, 2)):
+        trainer = make(name, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=3)
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows, collate=collate: {**collate(rows), "labels": torch.zeros(len(rows)).long()}
+        trainer.train()
+        runs.append(losses(trainer, "grad_norm"))
+    assert len(runs[0]) == 3
+    assert runs[1] == pytest.approx(runs[0], rel=1e-3)
+
+
 def test_a_full_precision_cache_on_the_same_batches_is_the_live_teacher(make, teacher, texts, tmp_path):
     cache = TeacherCache(teacher, tmp_path / "same", dtype="float32", shard_size=8, batch_size=8)
     cache.add(texts)
