@@ -537,7 +537,10 @@ def load_safe(auto_class: Any, name: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, use_safetensors=True, **kwargs)
     except OSError as error:
         if "safetensors" not in str(error):
-            raise
+            raise OSError(
+                f"{name} can't be opened, expected a model's folder or Hub id. Check the spelling; without network (or with "
+                f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}`. ({error})"
+            ) from error
         raise OSError(
             f"{name} has no weights in safetensors, expected model.safetensors. A pickle (pytorch_model.bin) can run code "
             "when it is opened, so it never is. Convert it where you trust it: load it in transformers and "

@@ -132,7 +132,7 @@ def test_leaks_are_reported_and_left_out(inputs, tmp_path, monkeypatch, caplog):
         (["--start", "pca"], ValueError, "widths of student and teacher must agree"),
         (["--start", "pac"], ValueError, "start is 'pac'"),
         (["--layers", "0", "9"], ValueError, r"layers is \[0, 9\]"),
-        (["--backbone", "nobody/nothing"], OSError, "nobody/nothing"),
+        (["--backbone", "nobody/nothing"], OSError, "nobody/nothing can't be opened.*hf download nobody/nothing"),
     ],
 )
 def test_bad_input_ends_before_long_work(flags, error, message, inputs, tmp_path, monkeypatch):
