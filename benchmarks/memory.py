@@ -65,7 +65,8 @@ def work(what: str, folder: Path, count: int) -> None:
         DistillationTrainer(model=student, args=args, train_dataset=texts, teacher=teacher, loss=HPDLoss()).train()
     # Not getrusage: what it calls this process's peak begins with that of the process that started it.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    print(json.dumps({"peak_mb": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024}))
+    found = {key: int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024 for key in ("VmHWM", "RssAnon", "RssFile")}
+    print(json.dumps({"peak_mb": found["VmHWM"], "at_end": found}))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = 1
 _WINDOW = 4096  # texts hashed at a time
-_RESIDENT_BYTES = 32 << 20  # pages a reader may keep mapped before it lets go of all
+_RESIDENT_BYTES = 8 << 20  # pages a reader may keep mapped before it lets go of all
 _PAGES_PER_FAULT_BYTES = 64 << 10  # what Linux maps around one touched page
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
@@ -129,7 +129,11 @@ def tokenize(dataset: Any, tokenizer: Any, columns: list[str], max_length: int) 
         return {"input_ids": rows, "length": [max(map(len, row)) for row in rows]}
 
     dataset = dataset.select_columns(columns)
-    return dataset.map(tokens, batched=True, **({"desc": "Tokenising"} if isinstance(dataset, Dataset) else {}))
+    options = {}
+    if isinstance(dataset, Dataset):
+        ids = {"input_ids": List(List(Value("int32"))), "length": Value("int32")}  # half of what a list becomes by itself
+        options = {"desc": "Tokenising", "features": Features({**dataset.features, **ids})}
+    return dataset.map(tokens, batched=True, **options)
 
 
 class DistillationCollator:

@@ -143,7 +143,9 @@ class DistillationTrainer(Trainer):
         args = self.args
         block = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(dataset.with_format("torch")[args.length_column_name][:], block, seed)
+        # That column alone: a formatted slice of the whole table would convert every row's tokens, too.
+        lengths = dataset.select_columns([args.length_column_name]).with_format("numpy")[:][args.length_column_name]
+        return LengthGroupedSampler(lengths, block, seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
