@@ -38,8 +38,6 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = 1
 _WINDOW = 4096  # texts hashed at a time
-_RESIDENT_BYTES = 8 << 20  # pages a reader may keep mapped before it lets go of all
-_PAGES_PER_FAULT_BYTES = 64 << 10  # what Linux maps around one touched page
 
 
 def process_state() -> PartialState:
@@ -164,8 +162,6 @@ class TeacherCache(Teacher):
         self._shards = [shard for add in self._manifest["adds"] for shard in add]
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])
         self._verified: set[int] = set()
-        self._maps: dict[int, np.ndarray] = {}
-        self._touched_bytes = 0
         index = self.folder / self._index_name()
         if self._shards:
             self._keys = np.load(index.with_suffix(".keys.npy"), mmap_mode="r", allow_pickle=False)
@@ -362,10 +358,6 @@ class TeacherCache(Teacher):
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             result[here] = self._vectors(int(shard))[rows[here] - self._starts[shard]]
-        self._touched_bytes += len(texts) * _PAGES_PER_FAULT_BYTES
-        if self._touched_bytes > _RESIDENT_BYTES:  # mapped pages count as ours until they are let go
-            self._maps.clear()
-            self._touched_bytes = 0
         return torch.from_numpy(result)
 
     def blocks(self, texts: Iterable[str] | None = None) -> Iterator[Tensor]:
@@ -375,13 +367,12 @@ class TeacherCache(Teacher):
             return
         for shard in range(len(self._shards)):
             yield torch.from_numpy(self._vectors(shard).astype(np.float32))
-            self._maps.clear()
 
     def _vectors(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            self._verify(shard)
-            self._maps[shard] = read_tensor(self.folder / self._shards[shard]["file"], "vectors")
-        return self._maps[shard]
+        # Mapped anew each time and let go at once: a kernel that maps a large folio around every touched page would soon
+        # have the whole cache resident, and call it ours.
+        self._verify(shard)
+        return read_tensor(self.folder / self._shards[shard]["file"], "vectors")
 
     def _verify(self, shard: int) -> None:
         if shard in self._verified:
