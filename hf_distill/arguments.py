@@ -91,8 +91,12 @@ class RecipeArguments:
     attention: str | None = field(
         default=None, metadata={"help": "Attention kernel of the student: eager, sdpa, flash_attention_2, ..."}
     )
-    texts: str | None = field(
-        default=None, metadata={"help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id."}
+    texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id; or 'gcide', the embedded "
+            "default. Of several, each distinct text is taken once; name:a,b takes the columns a and b of one of them."
+        },
     )
     texts_subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call them, if not that."})
@@ -108,6 +112,10 @@ class RecipeArguments:
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
     license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str):  # a YAML file may name the only one without a list
+            self.texts = [self.texts]
 
     def teacher_options(self) -> dict[str, Any]:
         """Return what `EncoderTeacher` takes beside the name."""

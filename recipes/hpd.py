@@ -5,12 +5,12 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from demo import demo_defaults, fill_in, gcide_texts
+from demo import demo_defaults, fill_in, training_texts
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.data import TrainingTexts, load_texts
+from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import FidelityEvaluator, STSEvaluator
 from hf_distill.losses import HPDLoss
@@ -31,6 +31,7 @@ class HPDArguments(RecipeArguments):
     normalize_loss: bool = field(default=True, metadata={"help": "Compare directions: both sides at unit length."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.start not in ("auto", "pca", "random"):
             raise ValueError(f"hpd: start is {self.start!r}, expected 'auto', 'pca' or 'random'.")
 
@@ -45,10 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # a projection that starts at random is made before the trainer
     report = RunReport("hpd", HPDLoss.paper)
     sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
-    dataset = load_texts(recipe.texts, recipe.texts_subset) if recipe.texts else gcide_texts()
-    texts = TrainingTexts.split(
-        dataset, args.text_columns, recipe.held_out, recipe.max_texts, args.seed, leaks_from=sts.texts() if sts else []
-    )
+    dataset = training_texts(recipe, args.text_columns)
+    seen = sts.texts() if sts else []
+    texts = TrainingTexts.split(dataset, None, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen)
 
     teacher = EncoderTeacher(recipe.teacher, **recipe.teacher_options())
     teacher.name = recipe.teacher_name or teacher.name
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher))
     with report.timed("caching"):
         cache.add(*texts.text_columns())
-        cache.add(texts.held_out, sts.texts() if sts else [])
+        cache.add(texts.held_out, seen)
     projection = PCAProjection.fit(cache.blocks(texts.all()), recipe.dim, recipe.center)
     projected = cache.project(projection)
     if from_pca:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models made in memory; no network, no GPU. Every fixture folder is as a real one on the Hub would be."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 
 # Before the first import: a call to the Hub fails at once, and nothing of the user's cache is read or written.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-distill-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

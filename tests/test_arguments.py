@@ -148,7 +148,7 @@ def test_flags_become_fields_of_each_class(tmp_path):
     recipe, args = parse_arguments(RecipeArguments, DistillationTrainingArguments, argv=argv)
     assert isinstance(recipe, RecipeArguments)
     assert isinstance(args, DistillationTrainingArguments)
-    assert (recipe.layers, recipe.texts, recipe.held_out) == ([0, 2], "x.tsv", 2000)
+    assert (recipe.layers, recipe.texts, recipe.held_out) == ([0, 2], ["x.tsv"], 2000)
     assert (args.output_dir, args.bf16, args.learning_rate) == (str(tmp_path), True, 2e-4)
 
 

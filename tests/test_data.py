@@ -12,6 +12,7 @@ from hf_distill.data import (
     LengthGroupedSampler,
     TrainingTexts,
     find_leaks,
+    join_texts,
     load_texts,
     normal_form,
     require_texts,
@@ -32,7 +33,7 @@ def write(path, content: str):
     return path
 
 
-# load_texts
+# load_texts, join_texts
 
 EXPECTED = [{"text": 'the "old house', "more": "é"}, {"text": "a, b", "more": "the sea"}]
 CONTENT = {
@@ -423,3 +424,14 @@ def test_the_digest_tells_where_a_text_ends():
 
     assert digest("ab", "c") != digest("a", "bc")
     assert digest("ab", "c") == digest("ab", "c") != digest("c", "ab")
+
+
+def test_joined_texts_are_distinct_and_in_order():
+    one = Dataset.from_dict({"text": ["a", "b ", "a"], "label": [1, 2, 3]})
+    two = Dataset.from_dict({"x": ["b", "c"], "y": ["d", "a"], "z": ["e", "f"]})
+    joined = join_texts([(one, None), (two, ["y", "x"])])
+    assert joined.to_dict() == {"text": ["a", "b", "d", "c"]}
+    with pytest.raises(ValueError, match="text column 'w' is not in the data set"):
+        join_texts([(one, None), (two, ["w"])])
+    with pytest.raises(ValueError, match="'text' has 1 empty or missing texts, in rows 1"):
+        join_texts([(Dataset.from_dict({"text": ["a", " "]}), None)])

@@ -97,6 +97,19 @@ def test_sts_adds_rows_and_leaves_the_training_as_it_is(inputs, tmp_path, monkey
     assert all((one[key] == two[key]).all() for key in one)
 
 
+def test_texts_of_several_places_are_taken_once(inputs, tmp_path, monkeypatch):
+    flags, _ = inputs
+    first = Path(flags[flags.index("--texts") + 1])
+    rows = [json.loads(line)["text"] for line in first.read_text().splitlines()]
+    more = make_texts(30, seed=5)
+    pairs = [{"a": a, "b": b, "note": "red", "label": 1} for a, b in zip([*rows[:10], *more[:10]], more[10:], strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    mine = ["--texts", str(first), f"{tmp_path / 'pairs.jsonl'}:a,b", "--max_steps", "1"]
+    results = run([*flags, *mine], tmp_path / "out", monkeypatch)
+    assert results["data"]["name"] == "texts.jsonl + pairs.jsonl"
+    assert results["data"]["rows"] + results["data"]["held_out"] == len({*rows, *more}) == 330
+
+
 def test_same_command_again_goes_on_and_another_is_refused(inputs, tmp_path, monkeypatch):
     flags, _ = inputs
     first = run(flags, tmp_path / "out", monkeypatch)
