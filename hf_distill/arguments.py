@@ -50,6 +50,9 @@ class DistillationTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # there is nothing else, and the host refuses bf16 on a CPU that was not asked for
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Read on one process and dealt out, the batches of a stream would have to be padded to one length.
+            self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError(
                 "DistillationTrainingArguments: remove_unused_columns is True, expected False. The texts would be dropped "

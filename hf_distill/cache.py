@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers.utils import logging
 
+from .processes import process_state
 from .shards import (
     KEY,
     KeySet,
@@ -38,14 +38,6 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = 1
 _WINDOW = 4096  # texts hashed at a time
-
-
-def process_state() -> PartialState:
-    """Return which process of how many this is; with gloo where there is no accelerator.
-
-    Without cpu=True Accelerate 1.15 takes every process of a launch on a CPU for the only one, and all would write.
-    """
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class TeacherCache(Teacher):

@@ -6,14 +6,14 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers.utils import logging
 
 from .teachers import Teacher
@@ -114,28 +114,31 @@ def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
     return columns
 
 
-def require_texts(dataset: Dataset, columns: list[str]) -> None:
-    """Check every text of the columns.
+def require_texts(dataset: Dataset, columns: list[str]) -> str:
+    """Check every text of the columns; return a digest of them, by which two runs or processes see the same data.
 
     Raises:
         ValueError: If the data set is empty, or a text is empty or missing; the rows are named.
     """
     if len(dataset) == 0:
         raise ValueError("DistillationTrainer: the data set has no rows, expected texts to learn from.")
+    digest = hashlib.sha256()
     for column in columns:
         wrong, row = [], 0
         for batch in dataset.select_columns([column]).iter(1000):
             wrong += [row + i for i, text in enumerate(batch[column]) if not isinstance(text, str) or not text.strip()]
             row += len(batch[column])
+            digest.update("\0".join([*map(str, batch[column]), ""]).encode("utf-8", "surrogatepass"))
         if wrong:
             raise ValueError(
                 f"DistillationTrainer: column {column!r} has {len(wrong)} empty or missing texts, in rows "
                 f"{', '.join(map(str, wrong[:10]))}{' …' if len(wrong) > 10 else ''}, expected none. The student would learn "
                 f"what the teacher says of nothing. Drop them: dataset.filter(lambda row: (row[{column!r}] or '').strip())."
             )
+    return digest.hexdigest()
 
 
-def tokenize(dataset: Any, tokenizer: Any, columns: list[str], max_length: int) -> Any:
+def tokenize(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int) -> Dataset:
     """Return the data set with the text columns, `input_ids` (a list a column) and `length` (tokens of the longest)."""
 
     def tokens(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -144,11 +147,8 @@ def tokenize(dataset: Any, tokenizer: Any, columns: list[str], max_length: int) 
         return {"input_ids": rows, "length": [max(map(len, row)) for row in rows]}
 
     dataset = dataset.select_columns(columns)
-    options = {}
-    if isinstance(dataset, Dataset):
-        ids = {"input_ids": List(List(Value("int32"))), "length": Value("int32")}  # half of what a list becomes by itself
-        options = {"desc": "Tokenising", "features": Features({**dataset.features, **ids})}
-    return dataset.map(tokens, batched=True, **options)
+    ids = {"input_ids": List(List(Value("int32"))), "length": Value("int32")}  # half of what a list becomes by itself
+    return dataset.map(tokens, batched=True, desc="Tokenising", features=Features({**dataset.features, **ids}))
 
 
 class DistillationCollator:
@@ -158,17 +158,23 @@ class DistillationCollator:
         tokenizer: The student's.
         teacher: Where the targets come from.
         columns: The text columns.
+        max_length: Longest text in tokens, for rows that are not tokenised yet (those of a stream: each process then
+            tokenises its own rows only).
     """
 
-    def __init__(self, tokenizer: Any, teacher: Teacher, columns: list[str]) -> None:
-        self.tokenizer, self.teacher, self.columns = tokenizer, teacher, columns
+    def __init__(self, tokenizer: Any, teacher: Teacher, columns: list[str], max_length: int | None = None) -> None:
+        self.tokenizer, self.teacher, self.columns, self.max_length = tokenizer, teacher, columns, max_length
         # We pad ids that are there already; the advice to tokenise again would be wrong.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return input_ids and attention_mask [N, T], targets [B, C, D]."""
-        batch = self.tokenizer.pad({"input_ids": [ids for row in rows for ids in row["input_ids"]]}, return_tensors="pt")
         texts = [row[column] for row in rows for column in self.columns]
+        if "input_ids" in rows[0]:
+            ids = [ids for row in rows for ids in row["input_ids"]]
+        else:
+            ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         # Never under the name `labels`: the Trainer would take it for a model's own loss.
         targets = self.teacher.encode(texts).reshape(len(rows), len(self.columns), -1)
         return {**batch, "targets": targets}
@@ -212,6 +218,47 @@ class LengthGroupedSampler(Sampler[int]):
         shuffled = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)]
         for block in shuffled + short:
             yield from block.tolist()
+
+
+class TextStream(IterableDataset):
+    """The rows of a stream, those of similar length together; what it holds in memory is bounded.
+
+    `pool` blocks of rows are read, sorted by the length of their texts, cut into blocks and the blocks shuffled, so the
+    order depends on the stream, seed and epoch only. A resumed run reads the stream again up to where it was: slower than
+    going back to a saved place in it, but exact, also behind a shuffle buffer, whose content is saved nowhere.
+
+    Each process reads the whole stream and takes its part of every batch, so that all of them have as many batches.
+
+    Args:
+        dataset: `datasets.IterableDataset`, shuffled (`.shuffle(seed, buffer_size)`) or not.
+        columns: Its text columns.
+        block_size: Rows of one optimizer step over all processes; None to keep the stream's own order.
+        seed: Of the order.
+        pool: Blocks that are sorted together.
+    """
+
+    def __init__(self, dataset: Any, columns: list[str], block_size: int | None, seed: int, pool: int = 50) -> None:
+        self.dataset, self.columns = dataset.select_columns(columns), columns
+        self.block_size, self.seed, self.pool = block_size, seed, pool
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this before each epoch, and on resume."""
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        rows = iter(self.dataset)
+        if self.block_size is None:
+            yield from rows
+            return
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        while pool := list(islice(rows, self.block_size * self.pool)):
+            pool.sort(key=lambda row: max(len(row[column]) for column in self.columns))
+            blocks = [pool[start : start + self.block_size] for start in range(0, len(pool), self.block_size)]
+            short = [blocks.pop()] if len(blocks[-1]) < self.block_size else []
+            for block in [blocks[i] for i in torch.randperm(len(blocks), generator=generator)] + short:
+                yield from block
 
 
 def normal_form(text: str) -> str:
@@ -291,14 +338,11 @@ class TrainingTexts:
 
     def facts(self, name: str | None) -> dict[str, Any]:
         """Return what results.json says of them; two runs on the same texts have the same digest."""
-        digest = hashlib.sha256()
-        for text in self.all():
-            digest.update(text.encode() + b"\0")
         return {
             "name": name,
             "rows": len(self.train),
             "columns": self.columns,
             "held_out": len(self.held_out),
             "leaked": len(self.leaked),
-            "sha256": digest.hexdigest(),
+            "sha256": require_texts(self.train, self.columns),
         }

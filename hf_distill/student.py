@@ -5,7 +5,6 @@ This file is published beside the weights (`AutoModel.from_pretrained(repo, trus
 imports only torch, transformers and what transformers itself requires.
 """
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -357,7 +356,7 @@ class StudentModel(PreTrainedModel):
         finally:
             self.train(was_training)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that FSDP gathers meanwhile could not be trained afterwards
     def encode(
         self,
         texts: str | list[str],
@@ -437,7 +436,7 @@ class StudentModel(PreTrainedModel):
         config.hf_distill = self.settings
         config.auto_map = {"AutoModel": "student.StudentModel"}
         self.backbone.save_pretrained(folder, state_dict=part["backbone."], max_shard_size=max_shard_size, **kwargs)
-        source = Path(inspect.getfile(type(self)))
+        source = Path(__file__)
         if source.resolve() != (folder / "student.py").resolve():
             shutil.copyfile(source, folder / "student.py")
         if self.tokenizer is not None:

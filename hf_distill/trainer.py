@@ -3,28 +3,28 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 
+from .adapters import add_adapter, merged, student_of
 from .arguments import DistillationTrainingArguments
 from .card import run_card
-from .data import DistillationCollator, LengthGroupedSampler, require_texts, text_columns, tokenize
+from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
 from .layout import check_layout
 from .losses import DistillationLoss
+from .processes import Evaluator, require_same, require_strategy, score
 from .student import StudentModel
 from .teachers import ProjectedTeacher, Teacher
 
 
-Evaluator = Callable[[Callable[[list[str]], Any]], dict[str, float]]
 RUN_FILE = "distillation.json"
 # What a checkpoint needs to go on, and nobody else should get.
 _NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
@@ -43,6 +43,8 @@ class DistillationTrainer(Trainer):
         loss: A `DistillationLoss`; each of its parts is logged as loss_<part>.
         evaluators: Callables that take `encode(texts) -> [N, D]` and return named scores. They run at each evaluation and
             their scores, as eval_<name>, reach load_best_model_at_end, early stopping and callbacks.
+        peft_config: A `peft.LoraConfig` or another: adapters and heads are trained, nothing else. Checkpoints are adapters;
+            `save_model()` and pushes hold the student with them merged in. With model_init call `add_adapter` there.
         **trainer_options: Whatever else `Trainer` takes (callbacks, optimizers, compute_metrics, ...).
 
     Raises:
@@ -64,23 +66,28 @@ class DistillationTrainer(Trainer):
         teacher: Teacher,
         loss: DistillationLoss,
         evaluators: Sequence[Evaluator] = (),
+        peft_config: Any = None,
         **trainer_options: Any,
     ) -> None:
         args = DistillationTrainingArguments() if args is None else args
-        student = model if model is not None else trainer_options["model_init"]()
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
         self.teacher, self.loss, self.evaluators = teacher, loss, list(evaluators)
+        first = model if model is not None else trainer_options["model_init"]()
+        student = student_of(first)
         _require_same_width(student, teacher)
         tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
         given = [part for part in (train_dataset, eval_dataset) if part is not None]
         self.columns = text_columns(_first(given[0]), args.text_columns) if given else []
-        train_dataset = self._prepare(train_dataset, student, tokenizer)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(part, student, tokenizer) for name, part in eval_dataset.items()}
-        else:
-            eval_dataset = self._prepare(eval_dataset, student, tokenizer)
+        self._digest: str | None = None
+        eval_parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        eval_parts = {name: self._prepare(part, student, tokenizer, args) for name, part in eval_parts.items()}
+        train_dataset = self._prepare(train_dataset, student, tokenizer, args, training=True)
+        eval_dataset = eval_parts if isinstance(eval_dataset, dict) else eval_parts["eval"]
         if eval_dataset is None and self.evaluators:
             eval_dataset = []  # the host refuses eval_strategy without a data set; evaluators need none
-        trainer_options.setdefault("data_collator", DistillationCollator(tokenizer, teacher, self.columns))
+        longest = student.settings["max_length"]
+        trainer_options.setdefault("data_collator", DistillationCollator(tokenizer, teacher, self.columns, longest))
         self._sums: dict[str, Tensor] = {}
         super().__init__(
             model=model,
@@ -90,29 +97,47 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_options,
         )
-        self.run_facts = self._describe_run(student)
+        require_strategy(self.accelerator.state)
+        self.run_facts = self._describe_run(first)
+        require_same(self.run_facts)
 
-    def _prepare(self, dataset: Any, student: StudentModel, tokenizer: Any) -> Any:
+    def _prepare(self, dataset: Any, student: StudentModel, tokenizer: Any, args: Any, training: bool = False) -> Any:
         if dataset is None:
             return None
         text_columns(dataset, self.columns)
-        if isinstance(dataset, datasets.Dataset):
-            require_texts(dataset, self.columns)
-            for column in self.columns:
-                self.teacher.require(dataset[column])
+        if isinstance(dataset, datasets.IterableDataset):
+            if training and args.max_steps <= 0:
+                raise ValueError(
+                    f"DistillationTrainer: the training data are a stream and max_steps is {args.max_steps}, expected how many "
+                    "steps to take. A stream has no length: the learning rate's schedule would have no end. Set max_steps."
+                )
+            block = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            grouped = training and args.train_sampling_strategy == "group_by_length"
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return TextStream(dataset, self.columns, block if grouped else None, seed)
+        digest = require_texts(dataset, self.columns)
+        self._digest = digest if training else self._digest
+        for column in self.columns:
+            self.teacher.require(dataset[column])
         return tokenize(dataset, tokenizer, self.columns, student.settings["max_length"])
 
-    def _describe_run(self, student: StudentModel) -> dict[str, Any]:
+    def _describe_run(self, model: nn.Module) -> dict[str, Any]:
         """Return what a checkpoint must agree with to be gone on from, as plain JSON."""
         rows = len(self.train_dataset) if isinstance(self.train_dataset, datasets.Dataset) else None
         facts = {
             "teacher": self.teacher.name,
             "teacher_fingerprint": self.teacher.fingerprint,
             "loss": {"name": type(self.loss).__name__, **vars(self.loss)},
-            "student": student.settings,
-            "data": {"rows": rows, "columns": self.columns},
+            "student": student_of(model).settings,
+            "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
+            "data": {"rows": rows, "columns": self.columns, "sha256": self._digest},
         }
         return json.loads(json.dumps(facts, default=str))
+
+    @property
+    def student(self) -> StudentModel:
+        """The student inside whatever wraps it (DDP, compilation, PEFT)."""
+        return student_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     # Training
 
@@ -138,6 +163,8 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Private hook, checked on transformers 5.23: the host's own length grouping breaks exact resume.
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, TextStream):
+            return None  # it has an order of its own
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, datasets.Dataset):
             return super()._get_train_sampler(train_dataset)
         args = self.args
@@ -192,8 +219,7 @@ class DistillationTrainer(Trainer):
         if self.eval_dataset == [] and not eval_dataset:
             return []
         if isinstance(eval_dataset, datasets.Dataset) and "input_ids" not in eval_dataset.column_names:
-            student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            eval_dataset = self._prepare(eval_dataset, student, self.processing_class)
+            eval_dataset = self._prepare(eval_dataset, self.student, self.processing_class, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -202,13 +228,8 @@ class DistillationTrainer(Trainer):
             output = EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
         else:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        scores: list[dict[str, float]] = [{}]
-        if self.is_world_process_zero():
-            student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            for evaluator in self.evaluators:
-                scores[0] |= evaluator(student.encode)
-        scores = broadcast_object_list(scores) if self.args.world_size > 1 else scores
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores[0].items()})
+        scores = score(self.evaluators, self.student.encode)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     # Saving
@@ -217,9 +238,20 @@ class DistillationTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if not isinstance(model, StudentModel) and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                for adapter in folder.glob("adapter_*"):
+                    adapter.unlink()
+                merged(model).save_pretrained(folder)
             _write_run(folder, self.run_facts)
             if isinstance(self.teacher, ProjectedTeacher):
                 self.teacher.projection.save_pretrained(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Private hook, checked on transformers 5.23. trainer_state.json is written next, by the main process alone: without
+        # this wait it could stand beside a random state that another process has not written yet.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Private hook, checked on transformers 5.23. The root file of a checkpoint has the plain backbone's keys and the
@@ -232,14 +264,17 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # Private hook, checked on transformers 5.23, for the same reason.
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, StudentModel):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Private hook, checked on transformers 5.23: the host's list of files leaves out 2_Dense, modules.json, student.py.
-        if self.is_world_process_zero():
+        if not isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), StudentModel):
+            self._save(self.args.output_dir)  # the checkpoint holds an adapter, the repository the student
+        elif self.is_world_process_zero():
             ignore = shutil.ignore_patterns(*_NOT_PUBLISHED)
             shutil.copytree(checkpoint_folder, self.args.output_dir, dirs_exist_ok=True, ignore=ignore)
         super()._push_from_checkpoint(checkpoint_folder)

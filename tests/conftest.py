@@ -10,7 +10,6 @@ import tempfile
 # Before the first import: a call to the Hub fails at once, and nothing of the user's cache is read or written.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-distill-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 disable_progress_bars()
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits

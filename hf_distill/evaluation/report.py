@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..cache import process_state
 from ..layout import check_layout
+from ..processes import score
 
 
 _PACKAGES = ("hf_distill", "torch", "transformers", "datasets", "accelerate", "sentence-transformers", "safetensors")
@@ -55,11 +55,7 @@ class RunReport:
             dim: Length of its embeddings.
             prefixes: Whether its first dimensions are an embedding of their own.
         """
-        scores: dict[str, float] = {}
-        if process_state().is_main_process:
-            for evaluator in self.evaluators:
-                scores |= evaluator(encode)
-        scores = {key: value for key, value in scores.items() if prefixes or "@" not in key}
+        scores = {key: value for key, value in score(self.evaluators, encode).items() if prefixes or "@" not in key}
         self.rows[name] = {"parameters": parameters, "dim": dim, "scores": scores}
 
     def finish(self, trainer: Any, recipe: Any, data: Mapping[str, Any], **facts: Any) -> str:

@@ -1,0 +1,139 @@
+"""What one of several processes does: `torchrun --nproc_per_node 2 tests/worker.py SCENARIO FOLDER`, made by test_distributed."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from conftest import make_texts
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLoss, StudentModel, TeacherCache
+
+
+SCENARIO, FOLDER = sys.argv[1], Path(sys.argv[2])
+ROWS = 96
+
+
+class Until(TrainerCallback):
+    """Ends its process at a step, as a machine does that loses its power."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            (FOLDER / "died").write_text(f"rank {args.process_index} at step {state.global_step} of {state.max_steps}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Bad(HPDLoss):
+    """Not finite on one process at the fourth batch."""
+
+    calls = 0
+
+    def __call__(self, student, teacher):
+        Bad.calls += 1
+        return {"mse": super().__call__(student, teacher)["mse"] / float(Bad.calls != 4 or PartialState().process_index == 0)}
+
+
+def data(stream=False, rows=ROWS):
+    dataset = Dataset.from_dict({"text": make_texts(rows)})
+    return dataset.to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=16) if stream else dataset
+
+
+def trainer(name, **options):
+    torch.manual_seed(0)
+    student = options.pop("model", None) or StudentModel.from_backbone(str(FOLDER / "backbone"), projection_dim=24, dropout=0.0)
+    given = {key: options.pop(key) for key in ("loss", "callbacks", "evaluators", "train_dataset", "eval_dataset") if key in options}
+    defaults = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3}
+    defaults |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // PartialState().num_processes}
+    args = DistillationTrainingArguments(str(FOLDER / name), **{**defaults, **options})
+    given = {"train_dataset": data(), "loss": HPDLoss(), "teacher": TeacherCache.open(FOLDER / "cache"), **given}
+    return DistillationTrainer(model=student, args=args, **given)
+
+
+def digest(model):
+    return [round(value.double().sum().item(), 12) for value in model.state_dict().values()]
+
+
+def ddp():
+    state = PartialState(cpu=True)
+    facts = {"world": state.num_processes, "type": state.distributed_type.value, "runs": {}}
+    calls = []
+
+    def evaluator(encode):
+        calls.append(state.process_index)
+        vectors = encode(make_texts(77))
+        return {"sum": float(vectors.sum()), "rows": len(vectors)}
+
+    runs = {
+        "sequential": {"num_train_epochs": 2},
+        "grouped": {"num_train_epochs": 2, "train_sampling_strategy": "group_by_length"},
+        "uneven": {"num_train_epochs": 2, "train_dataset": data(rows=91)},
+        "stream": {"max_steps": 20, "train_dataset": data(stream=True), "train_sampling_strategy": "group_by_length"},
+    }
+    for name, options in runs.items():
+        run = trainer(name, evaluators=[evaluator], eval_dataset=data(rows=32), per_device_eval_batch_size=4, **options)
+        run.train()
+        scores = run.evaluate()
+        run.save_model()
+        everyone = gather_object([(digest(run.student), {key: scores[key] for key in ("eval_sum", "eval_rows", "eval_loss")})])
+        log = [line for line in run.state.log_history if "loss" in line]
+        facts["runs"][name] = {
+            "losses": [line["loss"] for line in log],
+            "norms": [line["grad_norm"] for line in log],
+            "parts": [line["loss_mse"] for line in log],
+            "equal": all(other == everyone[0] for other in everyone),
+            "scores": everyone[0][1],
+        }
+    facts["evaluated on"] = sorted(set(gather_object(calls)))
+    if state.is_main_process:
+        (FOLDER / f"ddp-{state.num_processes}.json").write_text(json.dumps(facts))
+
+
+def whole():
+    trainer("whole", max_steps=10, save_strategy="steps", save_steps=2, train_sampling_strategy="group_by_length").train()
+
+
+def die():
+    rank = PartialState(cpu=True).process_index
+    callbacks = [Until(5)] if rank == 1 else []
+    trainer("died-run", max_steps=10, save_strategy="steps", save_steps=2, callbacks=callbacks, train_sampling_strategy="group_by_length").train()
+
+
+def go_on():
+    from hf_distill.trainer import last_checkpoint
+
+    run = trainer("died-run", max_steps=10, save_strategy="steps", save_steps=2, train_sampling_strategy="group_by_length")
+    checkpoint = last_checkpoint(FOLDER / "died-run")
+    run.train(resume_from_checkpoint=checkpoint)
+    if run.is_world_process_zero():
+        (FOLDER / "went-on").write_text(f"from {Path(checkpoint).name} in {run.args.world_size}")
+
+
+def nan():
+    trainer("nan", max_steps=10, save_strategy="steps", save_steps=2, loss=Bad()).train()
+
+
+def other_data():
+    rows = make_texts(ROWS)
+    trainer("other", max_steps=1, train_dataset=Dataset.from_dict({"text": rows[:: -1 if PartialState(cpu=True).process_index else 1]}))
+
+
+def failing_evaluator():
+    def fail(encode):
+        encode(["a cat"])
+        raise ZeroDivisionError("no labels")
+
+    trainer("fail", max_steps=1, evaluators=[fail]).evaluate()
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    globals()[SCENARIO]()
