@@ -81,6 +81,9 @@ class RecipeArguments:
     teacher_max_length: int | None = field(
         default=None, metadata={"help": "Longest teacher input in tokens; as its repository says if not given."}
     )
+    teacher_batch_size: int = field(
+        default=64, metadata={"help": "Texts of one teacher batch; fixed when its cache is made. On a CPU 32 may be faster."}
+    )
     teacher_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
     backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
     backbone_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
@@ -109,6 +112,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."},
     )
+    sts_dev: str | None = field(
+        default=None,
+        metadata={"help": "Folder with stsb-dev: adds the row that settings may be chosen by; as --sts leaves the training."},
+    )
     dims: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "First dimensions of an embedding to score as well."}
     )
@@ -133,7 +140,18 @@ class RecipeArguments:
     def identity(self) -> dict[str, Any]:
         """Return the settings that make it this run and no other."""
         # What is measured, where things lie and what they are called does not change what is trained.
-        places = ("sts", "dims", "cache_dir", "license", "language", "teacher_name", "backbone_name", "texts_name")
+        places = (
+            "sts",
+            "sts_dev",
+            "teacher_batch_size",
+            "dims",
+            "cache_dir",
+            "license",
+            "language",
+            "teacher_name",
+            "backbone_name",
+            "texts_name",
+        )
         return {key: value for key, value in asdict(self).items() if key not in places}
 
 

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from hf_distill.data import join_texts, load_texts, text_columns
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.teachers import has_fast_bf16
 
 
@@ -73,6 +74,12 @@ def training_texts(recipe: Any, columns: list[str] | None = None) -> Dataset:
         return join_texts(parts)
     [(dataset, own)] = parts
     return dataset.select_columns(text_columns(dataset, own or columns))
+
+
+def sts_evaluators(recipe: Any) -> list[STSEvaluator]:
+    """Return the STS sets that `--sts` and `--sts_dev` name."""
+    tests = [STSEvaluator(recipe.sts, dims=recipe.dims)] if recipe.sts else []
+    return tests + ([STSEvaluator(recipe.sts_dev, STS_DEV_SETS)] if recipe.sts_dev else [])
 
 
 def _source(name: str) -> tuple[str, list[str] | None]:

@@ -5,14 +5,14 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from demo import demo_defaults, fill_in, training_texts
+from demo import demo_defaults, fill_in, sts_evaluators, training_texts
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
-from hf_distill.evaluation.similarity import FidelityEvaluator, STSEvaluator
+from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss
 from hf_distill.projection import PCAProjection
 from hf_distill.student import StudentModel
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     fill_in(recipe)
     set_seed(args.seed)  # a projection that starts at random is made before the trainer
     report = RunReport("hpd", HPDLoss.paper)
-    sts = STSEvaluator(recipe.sts, dims=recipe.dims) if recipe.sts else None
+    sts = sts_evaluators(recipe)
     dataset = training_texts(recipe, args.text_columns)
-    seen = sts.texts() if sts else []
+    seen = [text for evaluator in sts for text in evaluator.texts()]
     texts = TrainingTexts.split(dataset, None, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen)
 
     teacher = EncoderTeacher(recipe.teacher, **recipe.teacher_options())
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if from_pca:
         student.start_projection(torch.zeros(recipe.dim, teacher.dim))
 
-    cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher))
+    cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size)
     with report.timed("caching"):
         cache.add(*texts.text_columns())
         cache.add(texts.held_out, seen)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         student.start_projection(projection.components, sample, projected.encode(sample))
 
     fidelity = FidelityEvaluator(texts.held_out, cache.encode(texts.held_out), recipe.dims)
-    report.evaluators = [fidelity, *([sts] if sts else [])]
+    report.evaluators = [fidelity, *sts]
     with report.timed("evaluation"):
         report.add("teacher", cache.encode, teacher.num_parameters, teacher.dim, prefixes=False)
         report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)

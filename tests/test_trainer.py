@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import make_texts
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_distill import (
@@ -15,7 +18,7 @@ from hf_distill import (
     StudentModel,
     TeacherCache,
 )
-from hf_distill.data import LengthGroupedSampler
+from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
 from hf_distill.teachers import Teacher
 from hf_distill.trainer import claim_output_dir, last_checkpoint
@@ -31,7 +34,7 @@ def make(backbone_folder, cache, dataset, tmp_path):
     """Return a trainer on the tiny things; keywords of the arguments, or model, teacher, evaluators, ..."""
 
     def build(output="run", dropout=0.0, **options):
-        objects = ("model", "teacher", "loss", "evaluators", "train_dataset", "eval_dataset", "callbacks")
+        objects = ("model", "teacher", "loss", "evaluators", "train_dataset", "eval_dataset", "callbacks", "peft_config")
         given = {key: options.pop(key) for key in objects if key in options}
         settings = {"per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
         args = DistillationTrainingArguments(str(tmp_path / output), **{**settings, "use_cpu": True, **options})
@@ -250,13 +253,138 @@ def test_pairs_of_columns(make, cache, texts):
     assert seen == [((8, 2, 24), (8, 2, 24))]
 
 
-def test_streams_train_with_max_steps(make, texts):
-    stream = Dataset.from_dict({"text": texts}).to_iterable_dataset()
-    trainer = make(train_dataset=stream, max_steps=4)
+def stream_of(texts, **shuffle):
+    stream = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=3)
+    return stream.shuffle(seed=5, **shuffle) if shuffle else stream
+
+
+def test_a_stream_without_an_end_to_the_training_is_refused(make, texts):
+    with pytest.raises(ValueError, match=r"stream and max_steps is -1.*Set max_steps"):
+        make(train_dataset=stream_of(texts))
+
+
+def test_a_stream_is_trained_on_like_the_same_rows(make, texts):
+    order = [row["text"] for row in stream_of(texts, buffer_size=20)]
+    assert order != texts
+    options = {"max_steps": 12, "train_sampling_strategy": "sequential"}
+    streamed = make("a", train_dataset=stream_of(texts, buffer_size=20), **options)
+    listed = make("b", train_dataset=Dataset.from_dict({"text": order}), **options)
+    for trainer in (streamed, listed):
+        trainer.train()
+    assert len(losses(streamed)) == 12
+    assert losses(streamed) == losses(listed)
+    assert_equal(weights(streamed.model), weights(listed.model))
+
+
+def test_a_stream_is_grouped_inside_a_bounded_buffer():
+    read = []
+
+    def rows():
+        for text in make_texts(1000, seed=2):
+            read.append(text)
+            yield {"text": text}
+
+    stream = TextStream(IterableDataset.from_generator(rows), ["text"], block_size=8, seed=0, pool=5)
+    seen = iter(stream)
+    first = [next(seen)["text"] for _ in range(8)]
+    assert len(read) == 40
+    assert max(map(len, first)) - min(map(len, first)) < 15
+    rest = [row["text"] for row in seen]
+    assert sorted(first + rest) == sorted(make_texts(1000, seed=2))
+    stream.set_epoch(1)
+    assert [row["text"] for row in stream][:8] != first
+
+
+def test_a_stream_goes_on_in_epoch_two_where_it_was(make, texts):
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 5, "dropout": 0.2, "save_total_limit": None}
+    whole = make("whole", train_dataset=stream_of(texts, buffer_size=30), **options)
+    whole.train()
+    assert whole.state.global_step == 20  # 12 steps are an epoch
+    watch = Steps()
+    resumed = make("whole", train_dataset=stream_of(texts, buffer_size=30), callbacks=[watch], **options)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-15")
+    assert watch.steps == list(range(15, 20))
+    assert losses(resumed)[-5:] == losses(whole)[-5:]
+    assert_equal(weights(resumed.model), weights(whole.model))
+
+
+def lora(**options):
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1, **options})
+
+
+def test_lora_trains_adapters_and_the_head_and_nothing_else(make):
+    trainer = make(peft_config=lora(), max_steps=3, learning_rate=1e-2)
+    before = weights(trainer.model)
     trainer.train()
-    assert len(losses(trainer)) == 4
-    with pytest.raises(ValueError, match="max_steps has to be specified"):
-        make(train_dataset=stream)
+    after = weights(trainer.model)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert changed == trainable
+    assert {"lora_" in name or "projection.modules_to_save" in name for name in trainable} == {True}
+    assert sum("projection" in name for name in trainable) == 2
+    assert sum("lora_B" in name for name in trainable) == 3 * 6  # every linear layer of the backbone, the pooler's not
+
+
+def test_lora_checkpoints_are_adapters_and_resume_exactly(make, backbone_folder):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 6, "save_total_limit": None, "dropout": 0.1}
+    whole = make("whole", peft_config=lora(), **options)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-18"
+    assert (checkpoint / "adapter_model.safetensors").exists()
+    assert not (checkpoint / "model.safetensors").exists()
+    torch.manual_seed(99)
+    other = StudentModel.from_backbone(backbone_folder, projection_dim=24, dropout=0.1)
+    watch = Steps()
+    resumed = make("whole", model=other, peft_config=lora(), callbacks=[watch], **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert watch.steps == list(range(18, 24))
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    trained = [key for key, parameter in resumed.model.named_parameters() if parameter.requires_grad]
+    assert all(
+        torch.equal(watch.before[key], saved[key.replace(".default", "").replace("modules_to_save.", "")]) for key in trained
+    )
+    assert len(saved) == len(trained)
+    assert losses(resumed)[-6:] == losses(whole)[-6:]
+    assert all(torch.equal(resumed.model.get_parameter(key), whole.model.get_parameter(key)) for key in trained)
+
+
+def test_lora_is_merged_before_it_is_published(make, texts):
+    trainer = make(peft_config=lora(), max_steps=6, learning_rate=1e-2, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    assert not list(folder.glob("adapter_*"))
+    found = check_layout(folder)
+    assert len(found) == 3
+    opened = StudentModel.from_pretrained(folder)
+    assert opened.encode(texts) == pytest.approx(trainer.student.encode(texts), abs=1e-5)
+    assert opened.num_parameters() == make("b").model.num_parameters()
+    untrained = make("c").model.encode(texts)
+    assert abs(opened.encode(texts) - untrained).max() > 0.01
+    assert not list((folder / "checkpoint-6").glob("modules.json"))  # training went on from the adapter
+
+
+def test_lora_keeps_the_best_model(make):
+    trainer = make(
+        peft_config=lora(),
+        evaluators=[falling_scores([9.0, 1.0])],
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="quality",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    best, last = (load_file(f"{trainer.args.output_dir}/checkpoint-{n}/adapter_model.safetensors") for n in (12, 24))
+    key = "base_model.model.projection.weight"
+    assert torch.equal(trainer.student.projection.modules_to_save["default"].weight, best[key])
+    assert not torch.equal(best[key], last[key])
+
+
+def test_lora_that_matches_nothing_is_refused(make):
+    with pytest.raises(ValueError, match=r"'q_proj'.*do not fit BertModel.*'dense', 'key', 'query', 'value'"):
+        make(peft_config=lora(target_modules=["q_proj"]))
 
 
 def test_checkpoints_and_the_final_folder_are_whole_students(make, cache, backbone_folder):

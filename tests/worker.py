@@ -50,7 +50,9 @@ def data(stream=False, rows=ROWS):
 def trainer(name, **options):
     torch.manual_seed(0)
     student = options.pop("model", None) or StudentModel.from_backbone(str(FOLDER / "backbone"), projection_dim=24, dropout=0.0)
-    given = {key: options.pop(key) for key in ("loss", "callbacks", "evaluators", "train_dataset", "eval_dataset") if key in options}
+    given = {
+        key: options.pop(key) for key in ("loss", "callbacks", "evaluators", "train_dataset", "eval_dataset") if key in options
+    }
     defaults = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3}
     defaults |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // PartialState().num_processes}
     args = DistillationTrainingArguments(str(FOLDER / name), **{**defaults, **options})
@@ -104,7 +106,14 @@ def whole():
 def die():
     rank = PartialState(cpu=True).process_index
     callbacks = [Until(5)] if rank == 1 else []
-    trainer("died-run", max_steps=10, save_strategy="steps", save_steps=2, callbacks=callbacks, train_sampling_strategy="group_by_length").train()
+    trainer(
+        "died-run",
+        max_steps=10,
+        save_strategy="steps",
+        save_steps=2,
+        callbacks=callbacks,
+        train_sampling_strategy="group_by_length",
+    ).train()
 
 
 def go_on():
@@ -123,7 +132,11 @@ def nan():
 
 def other_data():
     rows = make_texts(ROWS)
-    trainer("other", max_steps=1, train_dataset=Dataset.from_dict({"text": rows[:: -1 if PartialState(cpu=True).process_index else 1]}))
+    trainer(
+        "other",
+        max_steps=1,
+        train_dataset=Dataset.from_dict({"text": rows[:: -1 if PartialState(cpu=True).process_index else 1]}),
+    )
 
 
 def failing_evaluator():

@@ -66,7 +66,7 @@ class STSEvaluator:
         return list(dict.fromkeys(text for first, second, _ in self.sets.values() for text in first + second))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean at each of `dims`."""
+        """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean at each of `dims`; of one set no mean."""
         row = {text: i for i, text in enumerate(self.texts())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}
@@ -78,6 +78,8 @@ class STSEvaluator:
                 if dim is None:
                     scores[f"sts_{name}"] = score
                 means.setdefault("sts_avg" if dim is None else f"sts_avg@{dim}", []).append(score)
+        if len(self.sets) == 1:
+            return scores
         return scores | {name: float(np.mean(values)) for name, values in means.items()}
 
 
