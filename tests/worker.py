@@ -1,4 +1,4 @@
-"""What one of several processes does: `torchrun --nproc_per_node 2 tests/worker.py SCENARIO FOLDER`, made by test_distributed."""
+"""What one of several processes does: `torchrun --nproc_per_node 2 tests/worker.py SCENARIO FOLDER`; see test_distributed."""
 
 import json
 import os

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from hf_distill.card import run_card
-from hf_distill.evaluation.report import dimension_table, score_table
+from hf_distill.evaluation.report import dimension_table, score_table, table
 
 
 HERE = Path(__file__).parent
@@ -29,11 +29,20 @@ def section(name: str, results: dict) -> str:
     )
 
 
+def choices(results: dict) -> str:
+    """Return the table of benchmarks/hpd_choices.py."""
+    short = {"untrained": "untrained", "fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN"}
+    short |= {"fidelity_spearman@32": "fidelity ρ @32"}
+    rows = {name: {short[key]: row[key] for key in short} for name, row in results["choices"].items()}
+    return table(rows, f"{results['texts']} texts, one epoch")
+
+
 def main() -> None:
     """Write recipes/results/README.md, the table in the README, and model_cards/."""
     runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*.json"))}
     runs = {name: results for name, results in runs.items() if "rows" in results}
     text = (HERE / "about.md").read_text(encoding="utf-8")
+    text = text.replace("{choices}", choices(json.loads((HERE / "hpd_choices.json").read_text(encoding="utf-8"))))
     for name, results in runs.items():
         text += f"\n## {name}\n\n{section(name, results)}\n".replace("(recipes/results/", "(").replace(
             "(model_cards/", "(../../model_cards/"
