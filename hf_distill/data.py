@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -224,41 +224,46 @@ class TextStream(IterableDataset):
     """The rows of a stream, those of similar length together; what it holds in memory is bounded.
 
     `pool` blocks of rows are read, sorted by the length of their texts, cut into blocks and the blocks shuffled, so the
-    order depends on the stream, seed and epoch only. A resumed run reads the stream again up to where it was: slower than
+    order depends on the stream, seed and pass only. A resumed run reads the stream again up to where it was: slower than
     going back to a saved place in it, but exact, also behind a shuffle buffer, whose content is saved nowhere.
 
     Each process reads the whole stream and takes its part of every batch, so that all of them have as many batches.
 
     Args:
-        dataset: `datasets.IterableDataset`, shuffled (`.shuffle(seed, buffer_size)`) or not.
+        dataset: `datasets.IterableDataset`, shuffled (`.shuffle(seed=..., buffer_size=...)`) or not.
         columns: Its text columns.
         block_size: Rows of one optimizer step over all processes; None to keep the stream's own order.
         seed: Of the order.
+        endless: Whether it begins again at its end, shuffled anew. The host takes such a stream for one epoch; it would
+            resume the second pass of one that ends at a wrong place (transformers 5.23 counts max_steps as one pass).
         pool: Blocks that are sorted together.
     """
 
-    def __init__(self, dataset: Any, columns: list[str], block_size: int | None, seed: int, pool: int = 50) -> None:
+    def __init__(
+        self, dataset: Any, columns: list[str], block_size: int | None, seed: int, endless: bool, pool: int = 50
+    ) -> None:
         self.dataset, self.columns = dataset.select_columns(columns), columns
-        self.block_size, self.seed, self.pool = block_size, seed, pool
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Accelerate calls this before each epoch, and on resume."""
-        self.epoch = epoch
-        self.dataset.set_epoch(epoch)
+        self.block_size, self.seed, self.endless, self.pool = block_size, seed, endless, pool
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        rows = iter(self.dataset)
-        if self.block_size is None:
-            yield from rows
-            return
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        while pool := list(islice(rows, self.block_size * self.pool)):
+        for number in count() if self.endless else [0]:
+            self.dataset.set_epoch(number)
+            rows = None
+            for rows in self._pools(number):
+                yield from rows
+            if rows is None:
+                raise ValueError("DistillationTrainer: the stream has no rows, expected texts to learn from.")
+
+    def _pools(self, number: int) -> Iterator[list[dict[str, str]]]:
+        """Yield the rows of one pass, ordered, some at a time."""
+        stream, size = iter(self.dataset), self.block_size or 1
+        generator = torch.Generator().manual_seed(self.seed + number)
+        while pool := list(islice(stream, size * self.pool if self.block_size else 1)):
             pool.sort(key=lambda row: max(len(row[column]) for column in self.columns))
-            blocks = [pool[start : start + self.block_size] for start in range(0, len(pool), self.block_size)]
-            short = [blocks.pop()] if len(blocks[-1]) < self.block_size else []
-            for block in [blocks[i] for i in torch.randperm(len(blocks), generator=generator)] + short:
-                yield from block
+            blocks = [pool[start : start + size] for start in range(0, len(pool), size)]
+            short = [blocks.pop()] if len(blocks[-1]) < size else []
+            order = torch.randperm(len(blocks), generator=generator)
+            yield list(chain.from_iterable([blocks[i] for i in order] + short))
 
 
 def normal_form(text: str) -> str:

@@ -5,9 +5,10 @@ This file is published beside the weights (`AutoModel.from_pretrained(repo, trus
 imports only torch, transformers and what transformers itself requires.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.utils import ModelOutput, cached_file, logging
 
 
@@ -94,6 +96,21 @@ def longest_input(backbone: PreTrainedModel, tokenizer: Any) -> int:
     return min(limit, tokenizer.model_max_length)
 
 
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Load weights whole although the run is DeepSpeed ZeRO-3, which shards them when training begins.
+
+    transformers would make every parameter empty while it loads, and layers kept or weights copied from such a model would
+    be nothing. Its setting has no public way to be put aside for a while (checked on 5.23).
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+
+
 @dataclass
 class StudentOutput(ModelOutput):
     """What `StudentModel.forward` returns.
@@ -159,6 +176,7 @@ class StudentModel(PreTrainedModel):
         return self.settings["prompts"]
 
     @classmethod
+    @whole_weights()
     def from_backbone(
         cls,
         name: str,
@@ -245,6 +263,7 @@ class StudentModel(PreTrainedModel):
         return model
 
     @classmethod
+    @whole_weights()
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> "StudentModel":
         """Open what `save_pretrained` wrote, from a folder or the Hub; takes what `AutoModel.from_pretrained` takes.
 
@@ -526,6 +545,7 @@ def keep_layers(backbone: PreTrainedModel, layers: list[int]) -> None:
     config.num_hidden_layers = len(layers)
 
 
+@whole_weights()
 def load_safe(auto_class: Any, name: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` from safetensors only, with an error that says so.
 

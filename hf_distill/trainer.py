@@ -114,7 +114,7 @@ class DistillationTrainer(Trainer):
             block = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             grouped = training and args.train_sampling_strategy == "group_by_length"
             seed = args.seed if args.data_seed is None else args.data_seed
-            return TextStream(dataset, self.columns, block if grouped else None, seed)
+            return TextStream(dataset, self.columns, block if grouped else None, seed, endless=training)
         digest = require_texts(dataset, self.columns)
         self._digest = digest if training else self._digest
         for column in self.columns:

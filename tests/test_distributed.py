@@ -118,3 +118,73 @@ def test_an_evaluator_that_fails_on_the_main_process_ends_all(folder):
     done = launch("failing_evaluator", folder)
     assert "ZeroDivisionError: no labels" in done.stderr
     assert "an evaluator failed on the main process: ZeroDivisionError('no labels')" in done.stderr
+
+
+def test_zero3_trains_saves_and_goes_on(runs, folder):
+    succeed("zero3", folder, DS_ACCELERATOR="cpu")
+    found = json.loads((folder / "zero3.json").read_text())
+    assert (found["type"], found["stage"], found["world"]) == ("DEEPSPEED", 3, 2)
+    assert found["held here"] == 0  # nothing lies whole on a process between two steps
+    plain = runs[1]["runs"]["sequential"]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    assert found["resumed"][-12:] == found["losses"][-12:]
+    assert found["scores"]["eval_sum"] == pytest.approx(plain["scores"]["eval_sum"], rel=1e-3)
+    check_layout(folder / "zero3")
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("models-1/sequential", "zero3"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+
+def test_fully_sharded_student_computes_what_the_whole_one_does_and_is_saved(folder):
+    for processes in (1, 2):
+        succeed("fsdp2", folder, processes)
+    one, two = (json.loads((folder / f"fsdp2-{n}.json").read_text()) for n in (1, 2))
+    assert (one["class"], two["class"]) == ("StudentModel", "FSDPStudentModel")
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["local"] <= 0.6 * one["local"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["scores"]["sum"] == pytest.approx(one["scores"]["sum"], rel=1e-3)
+    check_layout(folder / "fsdp2-2")
+
+
+HPD = ["--max_steps", "2", "--bf16", "false", "--disable_tqdm", "true", "--held_out", "20", "--dims", "4", "--dim", "8"]
+
+
+def accelerate_launch(options, folder, teacher_folder, output):
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(120, seed=3)))
+    flags = [*HPD, "--teacher", teacher_folder, "--backbone", str(folder / "backbone"), "--texts", str(texts)]
+    flags += ["--output_dir", str(folder / output), "--cache_dir", str(folder / "hpd-cache"), "--use_cpu", "true"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "recipes" / "hpd.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_recipe_in_two_processes_ends_with_one_table(folder, teacher_folder):
+    config = ROOT / "recipes" / "accelerate" / "two_processes_cpu.yaml"
+    done = accelerate_launch(["--config_file", str(config), "--main_process_port", "29790"], folder, teacher_folder, "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["hyperparameters"]["batch"] == 128  # 64 on each
+    assert done.stdout.count("from sentence_transformers import") == 1
+    check_layout(folder / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--cpu", "--num_processes", "2"], ["--config_file", "CONFIG"]],
+)
+def test_a_launch_that_would_run_one_process_is_refused(options, folder, teacher_folder):
+    (folder / "multi_cpu.yaml").write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
+    options = [str(folder / "multi_cpu.yaml") if option == "CONFIG" else option for option in options]
+    done = accelerate_launch(options, folder, teacher_folder, "refused")
+    assert done.returncode != 0
+    assert "was asked for several processes, but runs this one alone" in done.stderr
+    assert not (folder / "refused" / "model.safetensors").exists()
+
+
+def test_fsdp_on_a_cpu_is_refused(folder, teacher_folder):
+    config = (ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text()
+    (folder / "fsdp_cpu.yaml").write_text(config.replace("num_processes: 8", "num_processes: 2\nuse_cpu: true"))
+    done = accelerate_launch(["--config_file", str(folder / "fsdp_cpu.yaml")], folder, teacher_folder, "fsdp")
+    assert done.returncode != 0
+    assert "the launch asks for FSDP, but what runs is MULTI_CPU" in done.stderr

@@ -284,15 +284,22 @@ def test_a_stream_is_grouped_inside_a_bounded_buffer():
             read.append(text)
             yield {"text": text}
 
-    stream = TextStream(IterableDataset.from_generator(rows), ["text"], block_size=8, seed=0, pool=5)
+    stream = TextStream(IterableDataset.from_generator(rows), ["text"], block_size=8, seed=0, endless=True, pool=5)
     seen = iter(stream)
     first = [next(seen)["text"] for _ in range(8)]
     assert len(read) == 40
     assert max(map(len, first)) - min(map(len, first)) < 15
-    rest = [row["text"] for row in seen]
+    rest = [next(seen)["text"] for _ in range(992)]
     assert sorted(first + rest) == sorted(make_texts(1000, seed=2))
-    stream.set_epoch(1)
-    assert [row["text"] for row in stream][:8] != first
+    second = [next(seen)["text"] for _ in range(1000)]
+    assert sorted(second) == sorted(first + rest)
+    assert second != first + rest
+
+
+def test_a_stream_without_rows_is_refused_and_not_waited_for():
+    stream = TextStream(stream_of(["a", "b", "c"]).filter(lambda row: False), ["text"], block_size=8, seed=0, endless=True)
+    with pytest.raises(ValueError, match="the stream has no rows"):
+        next(iter(stream))
 
 
 def test_a_stream_goes_on_in_epoch_two_where_it_was(make, texts):

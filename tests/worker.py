@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLoss, StudentModel, TeacherCache
+from hf_distill.processes import score
 
 
 SCENARIO, FOLDER = sys.argv[1], Path(sys.argv[2])
@@ -145,6 +146,71 @@ def failing_evaluator():
         raise ZeroDivisionError("no labels")
 
     trainer("fail", max_steps=1, evaluators=[fail]).evaluate()
+
+
+def zero3():
+    """DeepSpeed ZeRO-3 on a CPU: as the yaml's, with `auto` filled in by the Trainer."""
+    stage = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {**dict.fromkeys(auto, "auto"), "zero_optimization": stage, "zero_force_ds_cpu_optimizer": False}
+    options = {"num_train_epochs": 2, "deepspeed": config, "save_strategy": "steps", "save_steps": 12, "save_total_limit": None}
+
+    def sums(encode):
+        return {"sum": float(encode(make_texts(77)).sum())}
+
+    run = trainer("zero3", evaluators=[sums], **options)
+    run.train()
+    scores = run.evaluate()
+    run.save_model()
+    sharded = [parameter.numel() for parameter in run.student.parameters()]
+    resumed = trainer("zero3", evaluators=[sums], **options)
+    resumed.train(resume_from_checkpoint=str(FOLDER / "zero3" / "checkpoint-12"))
+    facts = {
+        "type": run.accelerator.state.distributed_type.value,
+        "stage": run.accelerator.state.deepspeed_plugin.zero_stage,
+        "world": run.args.world_size,
+        "held here": sum(sharded),
+        "losses": [line["loss"] for line in run.state.log_history if "loss" in line],
+        "resumed": [line["loss"] for line in resumed.state.log_history if "loss" in line],
+        "scores": {"eval_sum": scores["eval_sum"]},
+    }
+    if run.is_world_process_zero():
+        (FOLDER / "zero3.json").write_text(json.dumps(facts))
+
+
+def fsdp2():
+    """What Accelerate does on GPUs, by torch's own `fully_shard` (the Trainer's FSDP does not run on a CPU)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    state = PartialState(cpu=True)
+    torch.manual_seed(0)
+    student = StudentModel.from_backbone(str(FOLDER / "backbone"), projection_dim=24, dropout=0.0)
+    if state.num_processes > 1:
+        for layer in student.backbone.encoder.layer:
+            fully_shard(layer)
+        fully_shard(student)
+    cache, loss, losses = TeacherCache.open(FOLDER / "cache"), HPDLoss(), []
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3)
+    for start in range(0, ROWS, 8):
+        texts = make_texts(ROWS)[start : start + 8][state.process_index :: state.num_processes]
+        inputs = student.tokenizer(texts, padding=True, return_tensors="pt")
+        value = loss(student(**inputs).projected[:, None], cache.encode(texts)[:, None])["mse"]
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(state_mean(value))
+    sums = score([lambda encode: {"sum": float(encode(make_texts(77)).sum())}], student.encode)
+    whole = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    student.save_pretrained(FOLDER / f"fsdp2-{state.num_processes}", state_dict=whole, is_main_process=state.is_main_process)
+    if state.is_main_process:
+        facts = {"world": state.num_processes, "class": type(student).__name__, "losses": losses, "scores": sums}
+        facts["local"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in student.parameters())
+        (FOLDER / f"fsdp2-{state.num_processes}.json").write_text(json.dumps(facts))
+
+
+def state_mean(value):
+    return sum(gather_object([value.item()])) / PartialState().num_processes
 
 
 if __name__ == "__main__":
