@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import DistillationTrainingArguments, parse_arguments
     from .cache import TeacherCache
-    from .losses import DistillationLoss, HPDLoss
+    from .losses import DistillationLoss, HPDLoss, WeightedLoss
     from .projection import PCAProjection
     from .student import StudentModel, StudentOutput
-    from .teachers import EncoderTeacher, ProjectedTeacher, Teacher
+    from .teachers import EncoderTeacher, JointTeacher, ProjectedTeacher, Teacher
     from .trainer import DistillationTrainer
 
 __version__ = "0.1.0"
@@ -23,12 +23,14 @@ _HOMES = {
     "DistillationTrainingArguments": "arguments",
     "EncoderTeacher": "teachers",
     "HPDLoss": "losses",
+    "JointTeacher": "teachers",
     "PCAProjection": "projection",
     "ProjectedTeacher": "teachers",
     "StudentModel": "student",
     "StudentOutput": "student",
     "Teacher": "teachers",
     "TeacherCache": "cache",
+    "WeightedLoss": "losses",
     "parse_arguments": "arguments",
 }
 __all__ = sorted(_HOMES)

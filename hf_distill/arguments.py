@@ -73,7 +73,15 @@ class DistillationTrainingArguments(TrainingArguments):
 class RecipeArguments:
     """What every recipe asks for beside `DistillationTrainingArguments`."""
 
-    teacher: str | None = field(default=None, metadata={"help": "Folder or Hub id; the embedded default if not given."})
+    teacher: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id; the embedded default if not given. Several are joined into one space."},
+    )
+    combine: str = field(default="concatenate", metadata={"help": "How several teachers are joined: concatenate or mean."})
+    teacher_int8: bool = field(default=False, metadata={"help": "Hold the teacher in 8 bits (extra int8)."})
+    teacher_device_map: str | None = field(
+        default=None, metadata={"help": "auto: spread a teacher that is larger than one device over all of them."}
+    )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_pooling: str | None = field(
         default=None, metadata={"help": "mean, cls, last or pooler, for a teacher without modules.json."}
@@ -124,13 +132,15 @@ class RecipeArguments:
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.texts, str):  # a YAML file may name the only one without a list
-            self.texts = [self.texts]
+        for name in ("texts", "teacher"):  # a YAML file may name the only one without a list
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
 
     def teacher_options(self) -> dict[str, Any]:
         """Return what `EncoderTeacher` takes beside the name."""
         options = {"revision": self.teacher_revision, "pooling": self.teacher_pooling}
-        return {**options, "max_length": self.teacher_max_length}
+        options |= {"max_length": self.teacher_max_length, "int8": self.teacher_int8}
+        return {**options, "device_map": self.teacher_device_map}
 
     def student_options(self) -> dict[str, Any]:
         """Return what `StudentModel.from_backbone` takes in every recipe."""

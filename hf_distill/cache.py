@@ -171,6 +171,11 @@ class TeacherCache(Teacher):
         """The teacher's, and the precision on disk."""
         return {**self._manifest["fingerprint"], "cache_dtype": self._manifest["dtype"]}
 
+    @property
+    def num_parameters(self) -> int | None:
+        """Weights of the live teacher; None if the cache was opened without one."""
+        return None if self._live is None else self._live.num_parameters
+
     def __len__(self) -> int:
         """Number of distinct texts."""
         return int(self._starts[-1])
@@ -355,7 +360,7 @@ class TeacherCache(Teacher):
     def blocks(self, texts: Iterable[str] | None = None) -> Iterator[Tensor]:
         """Yield targets a few thousand at a time, [n, dim] float32: of the given texts in order, else each one once."""
         if texts is not None:
-            yield from (self.encode(window) for window, _, _ in _windows([texts]))
+            yield from super().blocks(texts)
             return
         for shard in range(len(self._shards)):
             yield torch.from_numpy(self._vectors(shard).astype(np.float32))

@@ -319,30 +319,32 @@ class StudentModel(PreTrainedModel):
                 parameter.copy_(saved[key])
 
     @torch.no_grad()
-    def start_projection(self, weight: Tensor, texts: list[str] = (), targets: Tensor | None = None) -> None:
-        """Start the projection from given directions, e.g. PCA components of the teacher it imitates; the bias from zero.
+    def start_projection(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Start the projection from given values (`projection.starting_map`) in place of random ones.
 
         Args:
             weight: [D, H].
-            texts: A few hundred texts: the weight is scaled so that on them the outputs are as long as `targets`.
-            targets: [N, D], of these texts. Pooled states are some six times longer than unit targets, and the first
-                hundred steps would only shrink them.
+            bias: [D]; zero if None.
 
         Raises:
-            ValueError: If the widths of student and teacher differ.
+            ValueError: If the shapes differ.
         """
         if self.projection is None or weight.shape != self.projection.weight.shape:
             have = None if self.projection is None else tuple(self.projection.weight.shape)
-            raise ValueError(
-                f"StudentModel: the projection's weight is {have}, but the start is {tuple(weight.shape)}. The widths of "
-                "student and teacher must agree to start from the teacher's components; start at random otherwise."
-            )
+            raise ValueError(f"StudentModel: the projection's weight is {have}, but the start is {tuple(weight.shape)}.")
         self.projection.weight.copy_(weight)
         if self.projection.bias is not None:
-            self.projection.bias.zero_()
-        if targets is not None:
-            lengths = encode_sorted(lambda batch: self._embed(batch).projected.norm(dim=-1, keepdim=True), texts, 32)
-            self.projection.weight.mul_((targets.norm(dim=-1).mean() / lengths.mean()).to(self.device))
+            self.projection.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+
+    @torch.no_grad()
+    def pooled(self, texts: list[str]) -> Tensor:
+        """Return [N, H] float32 on the CPU: what the projection is given."""
+        seen: list[Tensor] = []
+        hook = self.projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            return encode_sorted(lambda batch: (self._embed(batch), seen.pop())[1], texts, 32)
+        finally:
+            hook.remove()
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> StudentOutput:
         """Embed N tokenised texts.

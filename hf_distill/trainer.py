@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
         facts = {
             "teacher": self.teacher.name,
             "teacher_fingerprint": self.teacher.fingerprint,
-            "loss": {"name": type(self.loss).__name__, **vars(self.loss)},
+            "loss": self.loss.facts(),
             "student": student_of(model).settings,
             "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
             "data": {"rows": rows, "columns": self.columns, "sha256": self._digest},
@@ -181,9 +181,11 @@ class DistillationTrainer(Trainer):
         inputs = dict(inputs)
         targets = inputs.pop("targets")  # [B, C, D]
         outputs = model(**inputs)
-        student = getattr(outputs, self.loss.output)
-        student = student.reshape(*targets.shape[:2], *student.shape[1:])  # [N, ...] -> [B, C, ...]
-        parts = self.loss(student.float(), targets)
+        student = {name: getattr(outputs, name).float() for name in self.loss.outputs}
+        student = {
+            name: value.reshape(*targets.shape[:2], *value.shape[1:]) for name, value in student.items()
+        }  # [N] -> [B, C]
+        parts = self.loss.of(student, targets)
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(

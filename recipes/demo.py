@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from hf_distill.data import join_texts, load_texts, text_columns
-from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.teachers import has_fast_bf16
 
 
@@ -49,10 +47,16 @@ def demo_defaults(recipe: str) -> dict[str, Any]:
     return defaults if torch.accelerator.is_available() else {**defaults, "attention": "eager"}
 
 
+def source_columns(name: str) -> tuple[str, list[str] | None]:
+    """Return (data set, columns) of "data set:a,b"; a colon that belongs to a path is left alone."""
+    source, colon, columns = name.rpartition(":")
+    return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
+
+
 def fill_in(recipe: Any) -> None:
     """Put the embedded default where no teacher, backbone or text was named; only there is a package needed."""
     if recipe.teacher is None:
-        recipe.teacher, recipe.teacher_name = teacher_folder(), TEACHER
+        recipe.teacher, recipe.teacher_name = [teacher_folder()], TEACHER
     if recipe.backbone is None:
         recipe.backbone, recipe.backbone_name = teacher_folder(), TEACHER
         recipe.layers = recipe.layers or [0, 2, 5]
@@ -60,32 +64,8 @@ def fill_in(recipe: Any) -> None:
     if recipe.texts is None:
         recipe.texts, recipe.language = [EMBEDDED], recipe.language or "en"
     if recipe.texts_name is None:
-        names = [Path(name).name if Path(name).exists() else name for name, _ in map(_source, recipe.texts)]
+        names = [Path(name).name if Path(name).exists() else name for name, _ in map(source_columns, recipe.texts)]
         recipe.texts_name = " + ".join(TEXTS if name == EMBEDDED else name for name in names)
-
-
-def training_texts(recipe: Any, columns: list[str] | None = None) -> Dataset:
-    """Return the rows that `--texts` names: those of the only data set as they are, or the texts of several."""
-    parts = [
-        (gcide_texts() if name == EMBEDDED else load_texts(name, recipe.texts_subset), own)
-        for name, own in map(_source, recipe.texts)
-    ]
-    if len(parts) > 1:
-        return join_texts(parts)
-    [(dataset, own)] = parts
-    return dataset.select_columns(text_columns(dataset, own or columns))
-
-
-def sts_evaluators(recipe: Any) -> list[STSEvaluator]:
-    """Return the STS sets that `--sts` and `--sts_dev` name."""
-    tests = [STSEvaluator(recipe.sts, dims=recipe.dims)] if recipe.sts else []
-    return tests + ([STSEvaluator(recipe.sts_dev, STS_DEV_SETS)] if recipe.sts_dev else [])
-
-
-def _source(name: str) -> tuple[str, list[str] | None]:
-    """Return (data set, columns) of "data set:a,b"; a colon that belongs to a path is left alone."""
-    source, colon, columns = name.rpartition(":")
-    return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
 
 
 def teacher_folder() -> str:

@@ -3,21 +3,22 @@
 
 import logging
 from dataclasses import dataclass, field
+from itertools import islice
 
-import torch
-from demo import demo_defaults, fill_in, sts_evaluators, training_texts
+from demo import demo_defaults, fill_in
+from inputs import open_student, open_teacher, sts_evaluators, training_texts
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
-from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss
-from hf_distill.projection import PCAProjection
-from hf_distill.student import StudentModel
-from hf_distill.teachers import EncoderTeacher
+from hf_distill.projection import PCAProjection, starting_map
 from hf_distill.trainer import DistillationTrainer, claim_output_dir, last_checkpoint
+
+
+STARTS = ("auto", "pca", "least_squares", "random")
 
 
 @dataclass
@@ -27,13 +28,13 @@ class HPDArguments(RecipeArguments):
     dim: int = field(default=128, metadata={"help": "Dimensions of the embedding: the teacher's PCA to so many."})
     center: bool = field(default=False, metadata={"help": "Subtract the teacher's mean (paper); the released code does not."})
     activation: str = field(default="identity", metadata={"help": "Behind the projection: identity, or tanh (paper)."})
-    start: str = field(default="auto", metadata={"help": "Projection from pca, random, or auto (pca if widths agree)."})
+    start: str = field(default="auto", metadata={"help": "Projection from pca, least_squares, random; auto: see README."})
     normalize_loss: bool = field(default=True, metadata={"help": "Compare directions: both sides at unit length."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in ("auto", "pca", "random"):
-            raise ValueError(f"hpd: start is {self.start!r}, expected 'auto', 'pca' or 'random'.")
+        if self.start not in STARTS:
+            raise ValueError(f"hpd: start is {self.start!r}, expected one of {STARTS}.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,32 +51,30 @@ def main(argv: list[str] | None = None) -> None:
     seen = [text for evaluator in sts for text in evaluator.texts()]
     texts = TrainingTexts.split(dataset, None, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen)
 
-    teacher = EncoderTeacher(recipe.teacher, **recipe.teacher_options())
-    teacher.name = recipe.teacher_name or teacher.name
-    student = StudentModel.from_backbone(
-        recipe.backbone, projection_dim=recipe.dim, activation=recipe.activation, **recipe.student_options()
-    )
-    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+    teacher = open_teacher(recipe)
+    student = open_student(recipe, projection_dim=recipe.dim, activation=recipe.activation)
     # What does not fit is refused now, not after the teacher's hours.
     PCAProjection.require(recipe.dim, teacher.dim, len(texts.train))
-    from_pca = recipe.start == "pca" or (recipe.start == "auto" and student.config.hidden_size == teacher.dim)
-    if from_pca:
-        student.start_projection(torch.zeros(recipe.dim, teacher.dim))
+    start = recipe.start
+    if start == "auto":
+        start = "pca" if student.config.hidden_size == teacher.dim else "least_squares"
+    if start == "pca" and student.config.hidden_size != teacher.dim:
+        raise ValueError(f"hpd: start pca needs a student as wide as the teacher ({teacher.dim}). Use least_squares.")
 
-    cache = TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size)
     with report.timed("caching"):
-        cache.add(*texts.text_columns())
-        cache.add(texts.held_out, seen)
-    projection = PCAProjection.fit(cache.blocks(texts.all()), recipe.dim, recipe.center)
-    projected = cache.project(projection)
-    if from_pca:
-        sample = texts.held_out[:256]
-        student.start_projection(projection.components, sample, projected.encode(sample))
+        teacher.add(*texts.text_columns())
+        teacher.add(texts.held_out, seen)
+    projection = PCAProjection.fit(teacher.blocks(texts.all()), recipe.dim, recipe.center)
+    projected = teacher.project(projection)
+    if start != "random":
+        sample = list(islice(texts.all(), 256 if start == "pca" else 10_000))
+        components = projection.components if start == "pca" else None
+        student.start_projection(*starting_map(student.pooled(sample), projected.encode(sample), components))
 
-    fidelity = FidelityEvaluator(texts.held_out, cache.encode(texts.held_out), recipe.dims)
+    fidelity = FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims)
     report.evaluators = [fidelity, *sts]
     with report.timed("evaluation"):
-        report.add("teacher", cache.encode, teacher.num_parameters, teacher.dim, prefixes=False)
+        report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
         report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)
         report.add("untrained student", student.encode, student.num_parameters(), recipe.dim)
 

@@ -3,6 +3,7 @@ import torch
 from conftest import make_texts
 
 from hf_distill import PCAProjection
+from hf_distill.projection import starting_map
 
 
 @pytest.fixture
@@ -119,3 +120,30 @@ def test_blocks_of_given_texts_are_what_is_fitted(cache):
     some = make_texts(96)[:40]
     expected = PCAProjection.fit(cache.encode(some), 4)
     assert torch.allclose(PCAProjection.fit(cache.blocks(some), 4).components, expected.components, atol=1e-5)
+
+
+def test_start_by_least_squares_finds_the_map_that_made_the_targets():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(500, 12, generator=generator) + 3
+    weight, bias = torch.randn(5, 12, generator=generator), torch.randn(5, generator=generator)
+    found = starting_map(states, states @ weight.T + bias)
+    assert torch.allclose(found[0], weight, atol=1e-3)
+    assert torch.allclose(found[1], bias, atol=1e-2)
+    noise = states @ weight.T + bias + torch.randn(500, 5, generator=generator)
+    errors = [((states @ w.T + b - noise) ** 2).mean() for w, b in (starting_map(states, noise), (weight, bias))]
+    assert errors[0] < errors[1]
+
+
+def test_start_by_least_squares_with_fewer_texts_than_dimensions_is_finite():
+    states = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    assert all(torch.isfinite(part).all() for part in starting_map(states, states[:, :3]))
+
+
+def test_start_from_components_is_as_long_as_the_targets():
+    states, components = 6 * torch.randn(50, 12, generator=torch.Generator().manual_seed(0)), torch.eye(5, 12)
+    weight, bias = starting_map(states, torch.full((50, 5), 0.5), components)
+    assert (states @ weight.T).norm(dim=-1).mean().item() == pytest.approx(0.5 * 5**0.5, rel=1e-5)
+    assert torch.allclose(weight / weight[0, 0], components)
+    assert not bias.any()
+    with pytest.raises(ValueError, match="components have 13 dimensions, the student's states 12"):
+        starting_map(states, torch.ones(50, 5), torch.eye(5, 13))

@@ -159,14 +159,17 @@ def test_prompts_are_put_before_the_text_and_saved(backbone_folder, tmp_path):
         student.encode("a cat", prompt_name="qeury")
 
 
-def test_projection_starts_from_given_directions_at_the_targets_length(student, texts):
-    directions, targets = torch.eye(24, 16), torch.full((96, 24), 0.5)
-    student.start_projection(directions, texts, targets)
-    student.eval()
+def test_projection_starts_from_given_values(student, texts):
+    student.projection.bias.data.fill_(9)
+    student.start_projection(torch.eye(24, 16))
+    assert torch.equal(student.projection.weight, torch.eye(24, 16))
+    assert torch.equal(student.projection.bias, torch.zeros(24))
     inputs = student.tokenizer(texts, padding=True, return_tensors="pt")
-    lengths = student(**inputs).projected.norm(dim=-1)
-    assert lengths.mean().item() == pytest.approx(targets.norm(dim=-1).mean().item(), rel=1e-4)
-    assert torch.allclose(student.projection.weight / student.projection.weight[0, 0], directions)
+    assert torch.allclose(student.pooled(texts), student.eval()(**inputs).projected[:, :16], atol=1e-5)
+    student.start_projection(torch.eye(24, 16), torch.arange(24.0))
+    assert torch.equal(student.projection.bias, torch.arange(24.0))
+    with pytest.raises(ValueError, match=r"weight is \(24, 16\), but the start is \(16, 24\)"):
+        student.start_projection(torch.eye(16, 24))
 
 
 def test_dropout_is_set_everywhere(backbone_folder):

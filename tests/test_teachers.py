@@ -6,7 +6,7 @@ import torch
 from conftest import make_backbone, make_texts
 from transformers import AutoModel, AutoTokenizer
 
-from hf_distill import EncoderTeacher, StudentModel
+from hf_distill import EncoderTeacher, JointTeacher, PCAProjection, StudentModel, Teacher, TeacherCache
 from hf_distill.teachers import fetch
 
 
@@ -203,3 +203,100 @@ def test_fingerprint_changes_with_everything_that_changes_a_target(teacher_folde
     tokenizer.save_pretrained(copy)
     others.append(digest(copy))
     assert len({same, *others}) == 8
+
+
+class Table(Teacher):
+    """A teacher of given vectors."""
+
+    def __init__(self, name, vectors, known=None):
+        self.name, self.vectors, self.known = name, vectors, known
+        self.dim, self.num_parameters = len(next(iter(vectors.values()))), 7
+        self.fingerprint = {"table": name}
+
+    def encode(self, texts, batch_size=64, show_progress_bar=None):
+        return torch.tensor([self.vectors[text] for text in texts])
+
+    def require(self, texts):
+        if not set(texts) <= self.vectors.keys():
+            raise ValueError(f"no target in {self.name}")
+
+
+def test_joined_spaces_have_the_mean_of_the_cosines():
+    one = Table("one", {"a": [3.0, 0.0], "b": [0.0, 2.0]})
+    two = Table("two", {"a": [1.0, 0.0, 0.0], "b": [0.6, 0.8, 0.0]})
+    joint = JointTeacher([one, two], weights=[1, 3])
+    assert (joint.name, joint.dim, joint.num_parameters) == ("one + two", 5, 14)
+    a, b = joint.encode(["a", "b"])
+    assert (a @ b).item() == pytest.approx(0.25 * 0 + 0.75 * 0.6)
+    assert a.norm().item() == pytest.approx(1)
+    assert a.tolist() == pytest.approx([0.5, 0, 0.75**0.5, 0, 0])
+    assert [len(block) for block in joint.blocks(["a", "b", "a"])] == [3]
+    assert JointTeacher([one, two]).fingerprint != joint.fingerprint
+
+
+def test_mean_of_spaces():
+    one, two = Table("one", {"a": [3.0, 0.0]}), Table("two", {"a": [0.0, 5.0]})
+    assert JointTeacher([one, two], "mean").encode(["a"]).tolist() == [[0.5, 0.5]]
+    with pytest.raises(ValueError, match=r"combine is 'mean' for teachers of \[2, 3\] dimensions"):
+        JointTeacher([one, Table("three", {"a": [1.0, 2, 3]})], "mean")
+    with pytest.raises(ValueError, match="combine is 'add'"):
+        JointTeacher([one, two], "add")
+
+
+@pytest.mark.parametrize(("count", "weights"), [(1, None), (2, [1]), (2, [1, 0])])
+def test_joint_teacher_needs_two_and_a_weight_for_each(count, weights):
+    with pytest.raises(ValueError, match="expected two teachers or more and a positive weight"):
+        JointTeacher([Table("t", {"a": [1.0]})] * count, weights=weights)
+
+
+def test_a_text_that_one_of_the_teachers_lacks_is_found_before_the_training():
+    one, two = Table("one", {"a": [1.0], "b": [1.0]}), Table("two", {"a": [1.0]})
+    JointTeacher([one, two]).require(["a"])
+    with pytest.raises(ValueError, match=r"JointTeacher: two does not have every text.*\(no target in two\)"):
+        JointTeacher([one, two]).require(["a", "b"])
+
+
+def test_pca_of_the_joint_space_of_two_caches(teacher, teacher_folder, texts, tmp_path):
+    lower = EncoderTeacher(teacher_folder, dtype="float32", prompt="a ")
+    joint = JointTeacher([TeacherCache(t, tmp_path / str(i), dtype="float32") for i, t in enumerate((teacher, lower))])
+    joint.add(texts)
+    projection = PCAProjection.fit(joint.blocks(texts), 6)
+    whole = torch.cat([t.encode(texts) / 2**0.5 for t in (teacher, lower)], dim=1)
+    expected = (whole - whole.mean(0)) @ torch.linalg.svd(whole - whole.mean(0)).Vh[:6].T
+    found = joint.project(projection).encode(texts)
+    assert torch.allclose((found - found.mean(0)).abs(), expected.abs(), atol=1e-4)
+
+
+def test_a_teacher_spread_by_a_device_map_gives_the_same_vectors(teacher, texts, tmp_path, backbone_folder):
+    plain = EncoderTeacher(backbone_folder, pooling="mean", dtype="float32", device="cpu")
+    device_map = {
+        "embeddings": "cpu",
+        "encoder.layer.0": "cpu",
+        "encoder.layer.1": "disk",
+        "encoder.layer.2": "disk",
+        "pooler": "disk",
+    }
+    spread = EncoderTeacher(
+        backbone_folder, pooling="mean", dtype="float32", device_map=device_map, offload_folder=str(tmp_path)
+    )
+    held = [name for name, parameter in spread.model.named_parameters() if parameter.is_meta]
+    assert any(name.startswith("encoder.layer.2") for name in held)
+    assert torch.allclose(spread.encode(texts), plain.encode(texts), atol=1e-6)
+    assert spread.fingerprint == plain.fingerprint
+
+
+@pytest.mark.slow
+def test_a_teacher_in_eight_bits_is_close_and_another_teacher(texts, tmp_path):
+    folder = make_backbone(tmp_path, hidden_size=64, intermediate_size=128)
+    plain = EncoderTeacher(folder, pooling="mean", dtype="float32", device="cpu")
+    small = EncoderTeacher(folder, pooling="mean", dtype="float32", device="cpu", int8=True)
+    assert small.model.encoder.layer[0].attention.self.query.weight.dtype == torch.int8
+    cosine = (small.encode(texts) * plain.encode(texts)).sum(1)
+    assert 0.9 < cosine.min() < 0.99999
+    assert small.fingerprint["weights"] != plain.fingerprint["weights"]
+
+
+def test_eight_bits_without_bitsandbytes_name_the_extra(backbone_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'hf_distill\[int8\]'"):
+        EncoderTeacher(backbone_folder, pooling="mean", int8=True)

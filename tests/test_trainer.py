@@ -17,6 +17,7 @@ from hf_distill import (
     PCAProjection,
     StudentModel,
     TeacherCache,
+    WeightedLoss,
 )
 from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
@@ -251,6 +252,24 @@ def test_pairs_of_columns(make, cache, texts):
     trainer.train()
     assert trainer.columns == ["anchor", "positive"]
     assert seen == [((8, 2, 24), (8, 2, 24))]
+
+
+def test_every_part_of_a_weighted_sum_is_logged_and_they_add_up(make):
+    class Toward(HPDLoss):
+        output, parts = "embedding", ("direction",)
+
+        def __call__(self, student, teacher):
+            return {"direction": super().__call__(student, teacher)["mse"]}
+
+    trainer = make(loss=WeightedLoss([HPDLoss(), Toward()], {"direction": 0.25}), max_steps=4)
+    alone = make("b", loss=HPDLoss(), max_steps=1)
+    trainer.train()
+    alone.train()
+    mse, direction = losses(trainer, "loss_mse"), losses(trainer, "loss_direction")
+    assert len(direction) == 4
+    assert [a + b for a, b in zip(mse, direction, strict=True)] == pytest.approx(losses(trainer), rel=1e-5)
+    assert mse[0] == pytest.approx(losses(alone)[0], rel=1e-6)
+    assert 0 < direction[0] < mse[0] + 1
 
 
 def stream_of(texts, **shuffle):

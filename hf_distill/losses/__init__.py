@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses, a file a paper: tensors in, named parts out."""
 
-from .base import DistillationLoss
+from .base import DistillationLoss, WeightedLoss
 from .hpd import HPDLoss
 
 
-__all__ = ["DistillationLoss", "HPDLoss"]
+__all__ = ["DistillationLoss", "HPDLoss", "WeightedLoss"]

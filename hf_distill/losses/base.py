@@ -6,6 +6,8 @@ dimension of an embedding.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +24,24 @@ class DistillationLoss(ABC):
     output: str = "embedding"
     parts: tuple[str, ...] = ()
     paper: str = ""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The fields of the student's output that it compares."""
+        return (self.output,)
+
+    def facts(self) -> dict[str, Any]:
+        """Return its name and settings, as plain JSON."""
+        return {"name": type(self).__name__, **vars(self)}
+
+    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+        """Return the named parts for a student's outputs.
+
+        Args:
+            outputs: Name of an output field -> [B, C, ...], with gradient.
+            teacher: [B, C, D].
+        """
+        return self(outputs[self.output], teacher)
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -46,3 +66,55 @@ class DistillationLoss(ABC):
                 f"{teacher.shape[-1]}, or project the teacher to {student.shape[-1]} dimensions (PCAProjection)."
             )
         return teacher.to(student)
+
+
+class WeightedLoss(DistillationLoss):
+    """A weighted sum of losses, each on the student's output that it asks for.
+
+    Every part is logged as it enters the sum, that is, with its weight.
+
+    Args:
+        losses: Two losses or more; no two may have a part of the same name.
+        weights: Part -> weight; 1 for a part that is not named.
+
+    Raises:
+        ValueError: If a weight is for a part that no loss has (it would have no effect), or two parts have one name.
+
+    Example:
+        >>> from hf_distill.losses import HPDLoss
+        >>> WeightedLoss([HPDLoss()], {"mse": 0.5}).parts
+        ('mse',)
+    """
+
+    def __init__(self, losses: Sequence[DistillationLoss], weights: Mapping[str, float] | None = None) -> None:
+        self.losses, self.weights = list(losses), dict(weights or {})
+        self.parts = tuple(part for loss in self.losses for part in loss.parts)
+        unknown = sorted(self.weights.keys() - set(self.parts))
+        if unknown:
+            raise ValueError(
+                f"WeightedLoss: there is a weight for {unknown}, expected parts of the losses, {sorted(self.parts)}. It would "
+                "weigh nothing. Correct its name."
+            )
+        if len(set(self.parts)) < len(self.parts):
+            raise ValueError(
+                f"WeightedLoss: the parts are {list(self.parts)}, expected different names. One would hide the other. "
+                "Give one of the losses another name for its part."
+            )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Those of all losses."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.outputs))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the weights and what the losses are."""
+        return {"name": "WeightedLoss", "weights": self.weights, "losses": [loss.facts() for loss in self.losses]}
+
+    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+        """Return the weighted parts of every loss."""
+        found = {name: value for loss in self.losses for name, value in loss.of(outputs, teacher).items()}
+        return {name: self.weights.get(name, 1.0) * value for name, value in found.items()}
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Return the weighted parts where every loss looks at the same output."""
+        return self.of(dict.fromkeys(self.outputs, student), teacher)
