@@ -43,7 +43,9 @@ def test_everything_else_is_as_in_the_host(tmp_path):
     ours, theirs = (cls(str(tmp_path)).to_dict() for cls in (DistillationTrainingArguments, TrainingArguments))
     own = {f.name for f in fields(DistillationTrainingArguments)} & set(DistillationTrainingArguments.__annotations__)
     different = {key for key in theirs if ours[key] != theirs[key]} - {"use_cpu", "dataloader_pin_memory"}
-    assert different <= own  # the two left out are the host's answer to there being no accelerator
+    assert different <= own | {"accelerator_config"}  # the two left out are the host's answer to there being no accelerator
+    configs = [args["accelerator_config"] for args in (ours, theirs)]
+    assert {key for key in configs[1] if configs[0][key] != configs[1][key]} == {"dispatch_batches"}
 
 
 def test_dropping_the_texts_is_refused(tmp_path):
@@ -116,12 +118,14 @@ def test_recipes_hand_on_what_models_are_made_from():
         teacher_revision="main",
         teacher_pooling="cls",
         teacher_max_length=9,
+        teacher_int8=True,
+        teacher_device_map="auto",
         layers=[1],
         max_length=7,
         dropout=0.25,
         attention="eager",
     )
-    teacher = {"revision": "main", "pooling": "cls", "max_length": 9}
+    teacher = {"revision": "main", "pooling": "cls", "max_length": 9, "int8": True, "device_map": "auto"}
     student = {"layers": [1], "max_length": 7, "dropout": 0.25, "attn_implementation": "eager"}
     assert recipe.teacher_options() == teacher
     assert recipe.student_options() == student

@@ -199,12 +199,6 @@ def test_long_texts_are_cut():
     assert found["length"][:] == [4, 4]
 
 
-def test_a_stream_is_tokenized_too():
-    dataset = Dataset.from_dict(ROWS)
-    expected = tokenize(dataset, make_tokenizer(), ["first", "second"], 40).to_list()
-    assert list(tokenize(dataset.to_iterable_dataset(), make_tokenizer(), ["first", "second"], 40)) == expected
-
-
 class ListedTeacher:
     vectors = {"a cat": [1.0, 2.0], "dog": [3.0, 4.0], "a dog sat": [5.0, 6.0], "a whale": [7.0, 8.0]}
 
@@ -435,3 +429,14 @@ def test_joined_texts_are_distinct_and_in_order():
         join_texts([(one, None), (two, ["w"])])
     with pytest.raises(ValueError, match="'text' has 1 empty or missing texts, in rows 1"):
         join_texts([(Dataset.from_dict({"text": ["a", " "]}), None)])
+
+
+def test_rows_of_a_stream_are_tokenized_when_they_are_batched():
+    teacher, tokenizer, columns = ListedTeacher(), make_tokenizer(), ["text"]
+    rows = [{"text": "a dog sat"}, {"text": "a cat"}]
+    late = DistillationCollator(tokenizer, teacher, columns, max_length=4)(rows)
+    early = DistillationCollator(tokenizer, teacher, columns)(
+        tokenize(Dataset.from_list(rows), tokenizer, columns, 4).to_list()
+    )
+    assert early["input_ids"].shape == (2, 4)
+    assert all(torch.equal(late[key], early[key]) for key in early)

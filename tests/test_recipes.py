@@ -36,7 +36,7 @@ def inputs(backbone_folder, teacher_folder, tmp_path_factory):
         (folder / "sts" / f"{file}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
     flags = f"--teacher {teacher_folder} --backbone {backbone_folder} --texts {folder / 'texts.jsonl'} --layers 0 2 --dim 8"
     flags += " --dims 4 8 --held_out 40 --per_device_train_batch_size 16 --num_train_epochs 4"
-    flags += " --learning_rate 1e-2 --logging_steps 5 --attention eager"
+    flags += " --learning_rate 1e-2 --logging_steps 5 --attention eager --start random"
     return [*flags.split(), "--disable_tqdm", "true", "--use_cpu", "true", "--bf16", "false"], str(folder / "sts")
 
 
@@ -83,6 +83,25 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     check_layout(tmp_path / "out")
     assert PCAProjection.from_pretrained(tmp_path / "out").dim == 8
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_start_by_least_squares_is_what_differing_widths_get(inputs, tmp_path, monkeypatch):
+    flags = [*inputs[0], "--max_steps", "1", "--logging_steps", "1"]
+    random = run(flags, tmp_path / "random", monkeypatch)
+    flags[flags.index("--start") + 1] = "auto"
+    fitted = run(flags, tmp_path / "fitted", monkeypatch)
+    losses = [run["log_history"][0]["loss_mse"] for run in (fitted, random)]
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_two_teachers_in_one_space(inputs, tmp_path, monkeypatch, backbone_folder):
+    flags, _ = inputs
+    StudentModel.from_backbone(backbone_folder, projection_dim=6).save_pretrained(tmp_path / "second")
+    second = ["--teacher", flags[flags.index("--teacher") + 1], str(tmp_path / "second")]
+    results = run([*flags, *second, "--max_steps", "1"], tmp_path / "out", monkeypatch)
+    assert results["teacher"].endswith(" + second")
+    assert results["rows"]["teacher"]["dim"] == 24 + 6
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_sts_adds_rows_and_leaves_the_training_as_it_is(inputs, tmp_path, monkeypatch):
@@ -142,7 +161,7 @@ def test_leaks_are_reported_and_left_out(inputs, tmp_path, monkeypatch, caplog):
         (["--teacher", "nobody/nothing"], OSError, "neither a folder here nor a repository"),
         (["--sts", "nowhere"], FileNotFoundError, "0 files sts12"),
         (["--text_columns", "txt"], ValueError, "Did you mean 'text'"),
-        (["--start", "pca"], ValueError, "widths of student and teacher must agree"),
+        (["--start", "pca"], ValueError, "start pca needs a student as wide as the teacher"),
         (["--start", "pac"], ValueError, "start is 'pac'"),
         (["--layers", "0", "9"], ValueError, r"layers is \[0, 9\]"),
         (["--backbone", "nobody/nothing"], OSError, "nobody/nothing can't be opened.*hf download nobody/nothing"),
