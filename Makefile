@@ -10,7 +10,7 @@ hpd: .venv/demo  ## HPD: distil all-MiniLM-L6-v2 into 3 layers and 128 dimension
 test: .venv/test  ## the fast tests (ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: .venv/test .venv/demo  ## all tests, those of several processes and kills too
+test-all: .venv/test-all  ## all tests, those of several processes and kills too
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/test  ## style and formatting

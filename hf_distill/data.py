@@ -66,6 +66,12 @@ def load_texts(source: str | Path, subset: str | None = None, split: str = "trai
         ) from error
 
 
+def split_source(name: str) -> tuple[str, list[str] | None]:
+    """Return (data set, text columns) of "data set:a,b"; a colon that belongs to a path is left alone."""
+    source, colon, columns = name.rpartition(":")
+    return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
+
+
 def join_texts(datasets: Iterable[tuple[Dataset, list[str] | None]]) -> Dataset:
     """Return every distinct text of several data sets, one below the other, as {"text": ...}; held in memory.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from hf_distill.data import split_source
 from hf_distill.teachers import has_fast_bf16
 
 
@@ -47,12 +48,6 @@ def demo_defaults(recipe: str) -> dict[str, Any]:
     return defaults if torch.accelerator.is_available() else {**defaults, "attention": "eager"}
 
 
-def source_columns(name: str) -> tuple[str, list[str] | None]:
-    """Return (data set, columns) of "data set:a,b"; a colon that belongs to a path is left alone."""
-    source, colon, columns = name.rpartition(":")
-    return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
-
-
 def fill_in(recipe: Any) -> None:
     """Put the embedded default where no teacher, backbone or text was named; only there is a package needed."""
     if recipe.teacher is None:
@@ -64,7 +59,7 @@ def fill_in(recipe: Any) -> None:
     if recipe.texts is None:
         recipe.texts, recipe.language = [EMBEDDED], recipe.language or "en"
     if recipe.texts_name is None:
-        names = [Path(name).name if Path(name).exists() else name for name, _ in map(source_columns, recipe.texts)]
+        names = [Path(name).name if Path(name).exists() else name for name, _ in map(split_source, recipe.texts)]
         recipe.texts_name = " + ".join(TEXTS if name == EMBEDDED else name for name in names)
 
 

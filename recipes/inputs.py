@@ -4,10 +4,10 @@
 from typing import Any
 
 from datasets import Dataset
-from demo import EMBEDDED, gcide_texts, source_columns
+from demo import EMBEDDED, gcide_texts
 
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.data import join_texts, load_texts, text_columns
+from hf_distill.data import join_texts, load_texts, split_source, text_columns
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher
@@ -17,7 +17,7 @@ def training_texts(recipe: Any, columns: list[str] | None = None) -> Dataset:
     """Return the rows that `--texts` names: those of the only data set as they are, or the texts of several."""
     parts = [
         (gcide_texts() if name == EMBEDDED else load_texts(name, recipe.texts_subset), own)
-        for name, own in map(source_columns, recipe.texts)
+        for name, own in map(split_source, recipe.texts)
     ]
     if len(parts) > 1:
         return join_texts(parts)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-distill`: cache a teacher, evaluate an encoder, look into a student; the library's own functions from a terminal."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=__doc__, pretty_exceptions_enable=False)
+_OUT, _ERR = Console(), Console(stderr=True)
+_TEXTS = "File (tsv/csv/jsonl/parquet/txt, gz too), folder or Hub data set; name:a,b takes its columns a and b."
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose wrong input ends with its message, not with a traceback."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("hf_distill").setLevel(logging.INFO)
+        try:
+            function(*args, **kwargs)
+        except (ValueError, OSError, ImportError, TypeError) as error:
+            _ERR.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            sys.exit(1)
+
+    return app.command()(run)
+
+
+@_command
+def cache(
+    teacher: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    texts: Annotated[list[str], typer.Argument(help=_TEXTS)],
+    folder: Annotated[Path, typer.Option(help="Where caches lie; each teacher with its settings gets a folder of its own.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the teacher.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text put before every text; as the teacher says if not given.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls, last or pooler, without modules.json.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision on disk: float16 or float32.")] = "float16",
+    batch_size: Annotated[int, typer.Option(help="Texts of one teacher batch.")] = 64,
+    int8: Annotated[bool, typer.Option(help="Hold the teacher in 8 bits (extra int8).")] = False,
+    device_map: Annotated[str | None, typer.Option(help="auto: spread the teacher over all devices.")] = None,
+) -> None:
+    """Run a teacher over texts once and keep its vectors.
+
+    Killed and called again, it goes on after the last finished shard. Under `torchrun` each process encodes its share.
+
+    Example: `hf-distill cache sentence-transformers/all-mpnet-base-v2 my.jsonl pairs.tsv:anchor,positive --folder caches`
+    """
+    from .cache import TeacherCache, cache_folder
+    from .data import load_texts, require_texts, split_source, text_columns
+    from .teachers import EncoderTeacher
+
+    columns = []
+    for name, names in map(split_source, texts):
+        dataset = load_texts(name)
+        chosen = text_columns(dataset, names)
+        require_texts(dataset, chosen)
+        columns += [dataset[column] for column in chosen]
+    live = EncoderTeacher(
+        teacher, revision, prompt=prompt, pooling=pooling, max_length=max_length, int8=int8, device_map=device_map
+    )
+    store = TeacherCache(live, cache_folder(folder, live), dtype=dtype, batch_size=batch_size)
+    new = store.add(*columns)
+    _OUT.print(f"{new} new texts, {len(store)} in all, {store.dim} dimensions, in {store.folder}", highlight=False)
+
+
+@_command
+def evaluate(
+    encoder: Annotated[str, typer.Argument(help="Any encoder: folder or Hub id.")],
+    sts: Annotated[Path | None, typer.Option(help="Folder of STS files; see the README.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Compare with this encoder on --texts (fidelity).")] = None,
+    texts: Annotated[str | None, typer.Option(help=_TEXTS)] = None,
+    max_texts: Annotated[int, typer.Option(help="How many of them, the first.")] = 2000,
+    dim: Annotated[list[int] | None, typer.Option(help="Also score the first so many dimensions; may be repeated.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls, last or pooler, without modules.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file, too.")] = None,
+) -> None:
+    """Score any encoder: STS sets, and how far it agrees with a teacher.
+
+    Example: `hf-distill evaluate outputs/hpd --sts $DATA/sts --dim 32 --output scores.json`
+    """
+    from .data import load_texts, split_source, text_columns
+    from .evaluation.report import provenance, write_results
+    from .evaluation.similarity import FidelityEvaluator, STSEvaluator
+    from .teachers import EncoderTeacher
+
+    if sts is None and (teacher is None or texts is None):
+        raise ValueError("evaluate: nothing to score by, expected --sts, or --teacher with --texts.")
+    model = EncoderTeacher(encoder, pooling=pooling)
+    evaluators = [STSEvaluator(sts, dims=dim or [])] if sts else []
+    if teacher and texts:
+        name, names = split_source(texts)
+        dataset = load_texts(name)
+        held_out = list(dict.fromkeys(dataset[text_columns(dataset, names)[0]]))[:max_texts]
+        evaluators.append(FidelityEvaluator(held_out, EncoderTeacher(teacher).encode(held_out), dim or []))
+    scores = {name: value for evaluator in evaluators for name, value in evaluator(model.encode).items()}
+    _show({"parameters": f"{model.num_parameters / 1e6:.1f}M", "dimensions": model.dim} | scores, f"{encoder}, times 100")
+    if output:
+        facts = {"encoder": model.name, "parameters": model.num_parameters, "dim": model.dim, "scores": scores}
+        write_results(output.parent, {**facts, "provenance": provenance(None)}, output.stem)
+
+
+@_command
+def inspect(
+    student: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    check: Annotated[bool, typer.Option(help="Open it in all four ways and compare; this runs its own student.py.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the facts to this JSON file, too.")] = None,
+) -> None:
+    """Say what a student is: layers, head, parameters, teacher, loss, and whether every loader opens it the same.
+
+    Example: `hf-distill inspect outputs/hpd --check`
+    """
+    from .layout import check_layout
+    from .student import StudentModel
+    from .teachers import fetch
+    from .trainer import RUN_FILE
+
+    folder = fetch(student)
+    model = StudentModel.from_pretrained(folder)
+    settings, config = model.settings, model.config
+    table = model.backbone.get_input_embeddings().weight.numel()
+    head = sum(weight.numel() for weight in model.projection.parameters()) if model.projection else 0
+    facts: dict[str, Any] = {
+        "backbone": f"{type(model.backbone).__name__}, layers {settings['layers']} of {settings['base_model']}",
+        "hidden size": config.hidden_size,
+        "pooling": settings["pooling"],
+        "projection": f"{config.hidden_size} to {model.dim}, {settings['activation']}" if model.projection else "none",
+        "normalised": settings["normalize"],
+        "longest text": f"{settings['max_length']} tokens",
+        "prompts": settings["prompts"],
+        "parameters": f"{model.num_parameters() / 1e6:.2f}M (token table {table / 1e6:.2f}M, head {head})",
+    }
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if (folder / RUN_FILE).exists() else {}
+    facts |= {key: run[key] for key in ("teacher", "loss", "data") if key in run}
+    if check:
+        facts |= {f"through {loader}": found for loader, found in check_layout(folder).items()}
+    _show(facts, student)
+    if output:
+        output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _show(facts: dict[str, Any], title: str) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.2f}" if isinstance(value, float) and value > 1.01 else str(value))
+    _OUT.print(table)
+
+
+if __name__ == "__main__":
+    app()

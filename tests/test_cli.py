@@ -1,0 +1,102 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import make_texts
+from typer.testing import CliRunner
+
+from hf_distill import EncoderTeacher, StudentModel, TeacherCache
+from hf_distill.cli import app
+from hf_distill.evaluation.similarity import STS_SETS, FidelityEvaluator
+
+
+@pytest.fixture
+def files(tmp_path):
+    texts = make_texts(60)
+    (tmp_path / "one.txt").write_text("\n".join(texts[:30]) + "\n")
+    rows = [{"a": a, "b": b, "note": "x"} for a, b in zip(texts[20:40], texts[40:], strict=True)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def test_cache_is_what_the_library_makes(files, teacher_folder):
+    command = ["cache", teacher_folder, files / "one.txt", f"{files / 'two.jsonl'}:a,b", "--folder", files / "caches"]
+    done = call(*command, "--dtype", "float32", "--batch-size", 7)
+    assert done.exit_code == 0, done.output
+    assert "60 new texts, 60 in all, 24 dimensions" in done.output
+    [folder] = (files / "caches").iterdir()
+    live = EncoderTeacher(teacher_folder)
+    assert TeacherCache.open(folder).encode(make_texts(60)).numpy() == pytest.approx(
+        live.encode(make_texts(60)).numpy(), abs=1e-2
+    )
+    assert json.loads((folder / "manifest.json").read_text())["batch_size"] == 7
+    assert "0 new texts, 60 in all" in call(*command, "--dtype", "float32").output
+
+
+def test_evaluate_prints_and_writes_the_librarys_scores(files, teacher_folder, student):
+    student.save_pretrained(files / "student")
+    (files / "sts").mkdir()
+    for file, *_ in STS_SETS.values():
+        rows = [f"{a}\t{b}\t{i % 6}" for i, (a, b) in enumerate(zip(make_texts(40)[::2], make_texts(40)[1::2], strict=True))]
+        (files / "sts" / f"{file}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    options = ["--sts", files / "sts", "--dim", 4, "--dim", 8, "--output", files / "scores.json"]
+    done = call("evaluate", files / "student", *options, "--teacher", teacher_folder, "--texts", files / "one.txt")
+    assert done.exit_code == 0, done.output
+    scores = json.loads((files / "scores.json").read_text())["scores"]
+    texts = make_texts(30)
+    expected = FidelityEvaluator(texts, EncoderTeacher(teacher_folder).encode(texts), [4, 8])(
+        EncoderTeacher(files / "student").encode
+    )
+    assert expected.items() <= {key: pytest.approx(value, rel=1e-4) for key, value in scores.items()}.items()
+    assert {"sts_STS12", "sts_avg", "sts_avg@4", "sts_avg@8"} <= scores.keys()
+    assert re.search(rf"sts_avg +│ +{scores['sts_avg']:.2f}", done.output)
+
+
+def test_inspect_says_what_a_student_is(files, backbone_folder):
+    student = StudentModel.from_backbone(backbone_folder, projection_dim=8, layers=[0, 2])
+    student.save_pretrained(files / "student")
+    (files / "student" / "distillation.json").write_text(json.dumps({"teacher": "org/big", "loss": {"name": "HPDLoss"}}))
+    done = call("inspect", files / "student", "--check", "--output", files / "facts.json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads((files / "facts.json").read_text())
+    assert facts["backbone"].startswith("BertModel, layers [0, 2] of ")
+    assert (facts["projection"], facts["teacher"]) == ("16 to 8, identity", "org/big")
+    assert facts["through SentenceTransformer"] > 0.99999
+    assert "org/big" in done.output
+    assert "through" not in call("inspect", files / "student").output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "nobody/nothing", "--sts", "x"], "neither a folder here nor a repository"),
+        (["evaluate", "nobody/nothing"], "expected --sts, or --teacher with --texts"),
+        (["inspect", "."], "config.json"),
+        (["cache", "nobody/nothing", "nowhere.txt", "--folder", "c"], "nowhere.txt is neither a file"),
+    ],
+)
+def test_wrong_input_ends_with_its_message(words, message, files, monkeypatch):
+    monkeypatch.chdir(files)
+    done = call(*words)
+    assert done.exit_code == 1
+    assert message in done.output.replace("\n", " ")
+    assert "Traceback" not in done.output
+
+
+def test_every_command_has_an_example():
+    commands = [command.callback.__name__ for command in app.registered_commands]
+    assert commands == ["cache", "evaluate", "inspect"]
+    for name in commands:
+        assert f"hf-distill {name} " in call(name, "--help").output
+
+
+def test_help_costs_no_torch():
+    script = "import sys, hf_distill.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
