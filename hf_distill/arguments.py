@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -105,6 +106,14 @@ class RecipeArguments:
     attention: str | None = field(
         default=None, metadata={"help": "Attention kernel of the student: eager, sdpa, flash_attention_2, ..."}
     )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA adapters (extra peft); the whole student is trained if not given."}
+    )
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale: the adapter counts lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get adapters; all linear layers if not given."}
+    )
     texts: list[str] | None = field(
         default=None,
         metadata={
@@ -146,6 +155,17 @@ class RecipeArguments:
         """Return what `StudentModel.from_backbone` takes in every recipe."""
         options = {"layers": self.layers, "max_length": self.max_length, "dropout": self.dropout}
         return {**options, "attn_implementation": self.attention}
+
+    def peft_config(self) -> Any:
+        """Return what `DistillationTrainer` takes as peft_config: None without `--lora_r`."""
+        if self.lora_r is None:
+            return None
+        if importlib.util.find_spec("peft") is None:
+            raise ImportError("--lora_r needs peft. Install it with: pip install 'hf_distill[peft]'")
+        from peft import LoraConfig
+
+        targets = self.lora_targets or "all-linear"
+        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, target_modules=targets)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that make it this run and no other."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: targets -> student -> loss -> named parts -> logs; and save, resume, push."""
 
+import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class DistillationTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         self.teacher, self.loss, self.evaluators = teacher, loss, list(evaluators)
-        first = model if model is not None else trainer_options["model_init"]()
+        first = model if model is not None else _first_model(trainer_options["model_init"])
         student = student_of(first)
         _require_same_width(student, teacher)
         tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
@@ -359,6 +360,11 @@ def _differences(saved: Any, facts: dict[str, Any], prefix: str = "") -> Iterato
             yield from _differences(old, value, f"{prefix}{key}.")
         elif old != value:
             yield f"{prefix}{key}", old, value
+
+
+def _first_model(model_init: Callable[..., Any]) -> Any:
+    """Return what model_init makes; the host, too, hands it a trial only if it takes one."""
+    return model_init(None) if inspect.signature(model_init).parameters else model_init()
 
 
 def _first(dataset: Any) -> Any:

@@ -55,10 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     student = open_student(recipe, projection_dim=recipe.dim, activation=recipe.activation)
     # What does not fit is refused now, not after the teacher's hours.
     PCAProjection.require(recipe.dim, teacher.dim, len(texts.train))
-    start = recipe.start
-    if start == "auto":
-        start = "pca" if student.config.hidden_size == teacher.dim else "least_squares"
-    if start == "pca" and student.config.hidden_size != teacher.dim:
+    as_wide = student.config.hidden_size == teacher.dim
+    start = ("pca" if as_wide else "least_squares") if recipe.start == "auto" else recipe.start
+    if start == "pca" and not as_wide:
         raise ValueError(f"hpd: start pca needs a student as wide as the teacher ({teacher.dim}). Use least_squares.")
 
     with report.timed("caching"):
@@ -76,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("evaluation"):
         report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
         report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)
-        report.add("untrained student", student.encode, student.num_parameters(), recipe.dim)
+        size = student.num_parameters()  # adapters come on top, and are merged in the end
+        report.add("untrained student", student.encode, size, recipe.dim)
 
     trainer = DistillationTrainer(
         model=student,
@@ -85,12 +85,13 @@ def main(argv: list[str] | None = None) -> None:
         teacher=projected,
         loss=HPDLoss(normalize=recipe.normalize_loss),
         evaluators=[fidelity],
+        peft_config=recipe.peft_config(),
     )
     with report.timed("training"):
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
     with report.timed("evaluation"):
-        report.add("student", student.encode, student.num_parameters(), recipe.dim)
+        report.add("student", student.encode, size, recipe.dim)
     print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), projection=projection.facts()))
     trainer.end()
 

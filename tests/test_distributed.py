@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,18 @@ def test_fsdp_on_a_cpu_is_refused(folder, teacher_folder):
     done = accelerate_launch(["--config_file", str(folder / "fsdp_cpu.yaml")], folder, teacher_folder, "fsdp")
     assert done.returncode != 0
     assert "the launch asks for FSDP, but what runs is MULTI_CPU" in done.stderr
+
+
+def test_killed_at_any_write_of_a_checkpoint_training_goes_on_and_ends_the_same(folder):
+    succeed("checkpoint_kills", folder, processes=1)
+    found = json.loads((folder / "kills.json").read_text())
+    assert found["writes"] > 15
+    assert len(found["kills"]) == 6
+    whole = StudentModel.from_pretrained(folder / "kill-0" / "checkpoint-9").state_dict()
+    state = json.loads((folder / "kill-0" / "checkpoint-9" / "trainer_state.json").read_text())["log_history"]
+    for name, kill in found["kills"].items():
+        assert kill == {"signal": signal.SIGKILL, "again": 0, "from": "checkpoint-3"}  # work was left
+        other = StudentModel.from_pretrained(folder / name / "checkpoint-9").state_dict()
+        assert all(torch.equal(whole[key], other[key]) for key in whole)
+        history = json.loads((folder / name / "checkpoint-9" / "trainer_state.json").read_text())["log_history"]
+        assert [line["loss"] for line in history] == [line["loss"] for line in state]

@@ -104,6 +104,20 @@ def test_two_teachers_in_one_space(inputs, tmp_path, monkeypatch, backbone_folde
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_lora_flags_train_adapters_and_leave_a_plain_student(inputs, tmp_path, monkeypatch):
+    flags, _ = inputs
+    results = run(
+        [*flags, "--lora_r", "2", "--lora_targets", "query", "value", "--save_steps", "20"], tmp_path / "out", monkeypatch
+    )
+    assert results["adapter"]["r"] == 2
+    assert set(results["adapter"]["target_modules"]) == {"query", "value"}
+    rows = results["rows"]
+    assert rows["student"]["parameters"] == rows["untrained student"]["parameters"]
+    assert rows["student"]["scores"]["fidelity_spearman"] > rows["untrained student"]["scores"]["fidelity_spearman"]
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert list((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
+
+
 def test_sts_adds_rows_and_leaves_the_training_as_it_is(inputs, tmp_path, monkeypatch):
     flags, sts = inputs
     plain = run(flags, tmp_path / "plain", monkeypatch, "cache-a")

@@ -553,3 +553,69 @@ def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, monkeypatch):
     trainer.push_to_hub()
     assert len(pushed) == 3
     assert "teacher0" in (pushed[-1] / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_hyperparameter_search(make, backbone_folder, tmp_path):
+    made = []
+
+    def model_init(trial):
+        made.append(trial)
+        return make_student(backbone_folder)
+
+    args = DistillationTrainingArguments(
+        str(tmp_path / "search"),
+        max_steps=4,
+        use_cpu=True,
+        disable_tqdm=True,
+        eval_strategy="steps",
+        eval_steps=4,
+        report_to="none",
+    )
+    like = make("unused")
+    trainer = DistillationTrainer(
+        args=args,
+        model_init=model_init,
+        teacher=like.teacher,
+        loss=HPDLoss(),
+        train_dataset=Dataset.from_dict({"text": make_texts(96)}),
+        evaluators=[lambda encode: {"size": float(abs(encode(["a cat"])).sum())}],
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-4, 1e-2])},
+        compute_objective=lambda metrics: metrics["eval_size"],
+        direction="maximize",
+        n_trials=3,
+        backend="optuna",
+    )
+    assert best.hyperparameters["learning_rate"] in (1e-4, 1e-2)
+    assert [trial is None for trial in made[:2]] == [True, True]  # ours and the host's, before the search
+    assert len([trial for trial in made if trial is not None]) == 3
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_computes_the_same(make):
+    runs = [make(name, max_steps=4, activation_checkpointing=on) for name, on in (("a", False), ("b", True))]
+    for trainer in runs:
+        trainer.train()
+    assert runs[1].model.is_activation_checkpointing
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
+    assert losses(runs[0], "grad_norm") == pytest.approx(losses(runs[1], "grad_norm"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_made_smaller(make):
+    sizes = []
+
+    class Full(HPDLoss):
+        def __call__(self, student, teacher):
+            sizes.append(len(student))
+            if len(student) > 6:
+                raise RuntimeError("CUDA out of memory.")
+            return super().__call__(student, teacher)
+
+    trainer = make(loss=Full(), num_train_epochs=1, auto_find_batch_size=True)
+    trainer.train()
+    assert sizes[:3] == [8, 7, 6]
+    assert set(sizes[3:]) == {6}
+    assert trainer.state.global_step == 16

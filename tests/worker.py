@@ -213,6 +213,67 @@ def state_mean(value):
     return sum(gather_object([value.item()])) / PartialState().num_processes
 
 
+def checkpoint_kills():
+    """Train once whole; then, for each given write of the second checkpoint, die there and go on, in fresh processes."""
+    import random
+
+    import transformers.modeling_utils
+
+    import hf_distill.student
+    from hf_distill.trainer import last_checkpoint
+
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "group_by_length"}
+    writes, kill_at = [], 0
+
+    def write(path):
+        if "checkpoint-6" in str(path):
+            writes.append(Path(path).name)
+            if len(writes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function, place):
+        def call(*args, **kwargs):
+            write(kwargs.get("filename", args[place] if len(args) > place else ""))
+            return function(*args, **kwargs)
+
+        return call
+
+    # Everything Python opens itself, and the two writers that do not go through it.
+    sys.addaudithook(lambda event, args: write(args[0]) if event == "open" and "w" in str(args[1]) else None)
+    torch.save = watched(torch.save, 1)
+    for module, name in ((transformers.modeling_utils, "safe_save_file"), (hf_distill.student, "save_file")):
+        setattr(module, name, watched(getattr(module, name), 1))
+
+    def child(work):
+        process = os.fork()
+        if process == 0:
+            work()
+            os._exit(0)
+        return os.waitpid(process, 0)[1]
+
+    def whole_run():
+        trainer("kill-0", **options).train()
+        (FOLDER / "writes.json").write_text(json.dumps(writes))
+
+    def go_on(name):
+        run = trainer(name, **options)
+        checkpoint = last_checkpoint(FOLDER / name)
+        run.train(resume_from_checkpoint=checkpoint)
+        (FOLDER / f"{name}.json").write_text(json.dumps(Path(checkpoint).name))
+
+    assert child(whole_run) == 0
+    total = len(json.loads((FOLDER / "writes.json").read_text()))
+    facts = {"writes": total, "kills": {}}
+    for number in sorted(random.Random(0).sample(range(1, total + 1), 6)):
+        kill_at, name = number, f"kill-{number}"
+        died = child(lambda name=name: trainer(name, **options).train())
+        kill_at = 0
+        again = child(lambda name=name: go_on(name))
+        facts["kills"][name] = {"signal": os.WTERMSIG(died) if os.WIFSIGNALED(died) else 0, "again": again}
+        facts["kills"][name]["from"] = json.loads((FOLDER / f"{name}.json").read_text())
+    (FOLDER / "kills.json").write_text(json.dumps(facts))
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
     globals()[SCENARIO]()
