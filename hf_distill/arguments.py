@@ -124,6 +124,12 @@ class RecipeArguments:
     texts_subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call them, if not that."})
     max_texts: int | None = field(default=None, metadata={"help": "Train on a random sample of so many rows."})
+    synonyms: int = field(
+        default=0, metadata={"help": "Rounds of synonym replacement by WordNet (extra augment); each adds as many texts."}
+    )
+    back_translation: list[str] | None = field(
+        default=None, metadata={"help": "Two translation models, there and back; adds as many texts."}
+    )
     held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
     sts: str | None = field(
         default=None,

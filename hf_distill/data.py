@@ -5,14 +5,14 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from torch.utils.data import IterableDataset, Sampler
 from transformers.utils import logging
 
@@ -338,6 +338,22 @@ class TrainingTexts:
         if leaked:
             logger.info(f"Leak check: {len(leaked)} training texts stand in an evaluation set; their rows are left out.")
         return cls(train.select(keep), columns, texts, leaked)
+
+    def extended(self, texts: list[str], leaks_from: Iterable[str] = ()) -> "TrainingTexts":
+        """Return these with more rows, of one text column; texts that are held out, or in an evaluation set, are left out.
+
+        Raises:
+            ValueError: If there are several text columns: what belongs beside a new text is unknown.
+        """
+        if len(self.columns) != 1:
+            raise ValueError(
+                f"TrainingTexts: rows have the columns {self.columns}, expected one. A new text would have no partner. Name "
+                "one text column."
+            )
+        more = Dataset.from_dict({self.columns[0]: texts}, features=self.train.features)
+        rows, _ = find_leaks(more, self.columns, [*leaks_from, *self.held_out])
+        more = more.select(np.setdiff1d(np.arange(len(more)), rows))
+        return replace(self, train=concatenate_datasets([self.train, more]))
 
     def text_columns(self) -> list[Any]:
         """Return the text columns, each an iterable of known length."""

@@ -10,7 +10,6 @@ from inputs import open_student, open_teacher, sts_evaluators, training_texts
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
-from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss
@@ -47,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # a projection that starts at random is made before the trainer
     report = RunReport("hpd", HPDLoss.paper)
     sts = sts_evaluators(recipe)
-    dataset = training_texts(recipe, args.text_columns)
     seen = [text for evaluator in sts for text in evaluator.texts()]
-    texts = TrainingTexts.split(dataset, None, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen)
+    texts = training_texts(recipe, args, seen)
 
     teacher = open_teacher(recipe)
     student = open_student(recipe, projection_dim=recipe.dim, activation=recipe.activation)

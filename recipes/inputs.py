@@ -3,26 +3,38 @@
 
 from typing import Any
 
-from datasets import Dataset
 from demo import EMBEDDED, gcide_texts
 
+from hf_distill.augment import BackTranslation, SynonymReplacement, augment
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.data import join_texts, load_texts, split_source, text_columns
+from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher
 
 
-def training_texts(recipe: Any, columns: list[str] | None = None) -> Dataset:
-    """Return the rows that `--texts` names: those of the only data set as they are, or the texts of several."""
+def training_texts(recipe: Any, args: Any, seen: list[str]) -> TrainingTexts:
+    """Return what `--texts` names, cut and augmented: the rows of the only data set, or the texts of several.
+
+    Args:
+        recipe: The recipe's arguments.
+        args: The trainer's.
+        seen: Texts of evaluation sets, which are left out.
+    """
     parts = [
         (gcide_texts() if name == EMBEDDED else load_texts(name, recipe.texts_subset), own)
         for name, own in map(split_source, recipe.texts)
     ]
-    if len(parts) > 1:
-        return join_texts(parts)
-    [(dataset, own)] = parts
-    return dataset.select_columns(text_columns(dataset, own or columns))
+    dataset, columns = (join_texts(parts), None) if len(parts) > 1 else parts[0]
+    texts = TrainingTexts.split(
+        dataset, columns or args.text_columns, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen
+    )
+    rounds: list[tuple[Any, int]] = []
+    if recipe.synonyms:
+        rounds.append((SynonymReplacement(seed=args.seed), recipe.synonyms))
+    if recipe.back_translation:
+        rounds.append((BackTranslation(*recipe.back_translation), 1))
+    return texts.extended(augment(texts.all(), rounds), seen) if rounds else texts
 
 
 def sts_evaluators(recipe: Any) -> list[STSEvaluator]:

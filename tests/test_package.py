@@ -37,6 +37,7 @@ def test_rooms_keep_to_themselves():
         "shards.py": ({"numpy", "safetensors"}, set()),
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),
         "adapters.py": ({"torch", "peft"}, {"student"}),
+        "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
         "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"student"}),
         "cache.py": ({"torch", "transformers", "numpy"}, {"processes", "shards", "teachers"}),
         "projection.py": ({"torch", "safetensors"}, {"cache", "teachers"}),
@@ -94,7 +95,7 @@ def test_house_rules():
         text = path.read_text()
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
         assert ast.get_docstring(ast.parse(text)), path
-        assert not re.search(r"\bprint\(|\bhasattr\(|except:|TODO|FIXME", text), path
+        assert not re.search(r"(?<![.\w])print\(|\bhasattr\(|except:|TODO|FIXME", text), path
         assert text.count("\n") < 600, path
     assert (PACKAGE / "__init__.py").read_text().count("\n") <= 45
     assert not list(PACKAGE.rglob("utils.py"))
@@ -108,8 +109,10 @@ def test_package_data_is_declared():
 
 
 def test_everything_but_scores_works_without_the_extras():
-    blocked = "import sys\nfor name in ('evaluate', 'scipy', 'matplotlib', 'sentence_transformers'): sys.modules[name] = None\n"
-    modules = ["arguments", "cache", "card", "data", "layout", "losses", "projection", "student", "teachers", "trainer"]
+    names = ["evaluate", "scipy", "matplotlib", "sentence_transformers", "peft", "nltk", "bitsandbytes", "deepspeed"]
+    blocked = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
+    modules = [path.stem for path in PACKAGE.glob("[a-z]*.py")]
+    assert len(modules) >= 14
     script = blocked + "\n".join(f"import hf_distill.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", script], check=True)
     assert all(importlib.util.find_spec(f"hf_distill.{name}") for name in modules)
