@@ -97,6 +97,10 @@ class RecipeArguments:
     backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
     backbone_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
     layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})
+    from_scratch: list[int] | None = field(
+        default=None,
+        metadata={"help": "A student of random weights with the backbone's tokenizer: hidden size, layers, heads, FFN size."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest student input in tokens; as much as it takes if not given."}
     )
@@ -158,9 +162,9 @@ class RecipeArguments:
         return {**options, "device_map": self.teacher_device_map}
 
     def student_options(self) -> dict[str, Any]:
-        """Return what `StudentModel.from_backbone` takes in every recipe."""
-        options = {"layers": self.layers, "max_length": self.max_length, "dropout": self.dropout}
-        return {**options, "attn_implementation": self.attention}
+        """Return what `StudentModel.from_backbone`, or `from_scratch`, takes in every recipe."""
+        options = {"max_length": self.max_length, "dropout": self.dropout, "attn_implementation": self.attention}
+        return options if self.from_scratch else {**options, "layers": self.layers}
 
     def peft_config(self) -> Any:
         """Return what `DistillationTrainer` takes as peft_config: None without `--lora_r`."""

@@ -130,7 +130,7 @@ def inspect(
     table = model.backbone.get_input_embeddings().weight.numel()
     head = sum(weight.numel() for weight in model.projection.parameters()) if model.projection else 0
     facts: dict[str, Any] = {
-        "backbone": f"{type(model.backbone).__name__}, layers {settings['layers']} of {settings['base_model']}",
+        "backbone": f"{type(model.backbone).__name__}, layers {settings['layers']} of {settings['base_model'] or 'its own'}",
         "hidden size": config.hidden_size,
         "pooling": settings["pooling"],
         "projection": f"{config.hidden_size} to {model.dim}, {settings['activation']}" if model.projection else "none",

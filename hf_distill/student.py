@@ -178,10 +178,49 @@ class StudentModel(PreTrainedModel):
     @classmethod
     @whole_weights()
     def from_backbone(
+        cls, name: str, *, layers: list[int] | None = None, attn_implementation: str | None = None, **settings: Any
+    ) -> "StudentModel":
+        """Make a student from a pretrained encoder.
+
+        Args:
+            name: Folder or Hub id of any encoder that `AutoModel` opens without remote code, in safetensors.
+            layers: Which of its layers to keep, in order, counted from 0 (`[0, 2, 5]`); None keeps all.
+            attn_implementation: Attention kernel; None for transformers' choice.
+            **settings: What `from_parts` takes (pooling, projection_dim, activation, bias, normalize, max_length, dropout,
+                prompts), and revision, token, cache_dir, local_files_only for the Hub.
+
+        Raises:
+            ValueError: If a setting is unknown, a layer is not there, or the checkpoint lacks weights of the backbone
+                (they would be trained from random without a word).
+            OSError: If there is no such model, or it has no safetensors (a pickle is never opened).
+        """
+        hub_options = {key: settings.pop(key) for key in _HUB_OPTIONS if key in settings}
+        loaded = {"dtype": torch.float32, "attn_implementation": attn_implementation, "output_loading_info": True}
+        backbone, info = load_safe(AutoModel, name, **loaded, **hub_options)
+        lost = [key for key in info["missing_keys"] if "pooler." not in key]
+        if lost:
+            raise ValueError(
+                f"StudentModel: {name} is missing {len(lost)} weights of {type(backbone).__name__} ({lost[0]}, ...), "
+                "expected a whole checkpoint. They would start from random values. Use another checkpoint."
+            )
+        total = backbone.config.num_hidden_layers
+        layers = list(range(total)) if layers is None else list(layers)
+        keep_layers(backbone, layers)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
+        source = Path(name).name if Path(name).is_dir() else name
+        model = cls.from_parts(backbone, tokenizer, base_model=source, layers=layers, **settings)
+        logger.info(
+            f"StudentModel: kept layers {layers} of {total} of {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
+            f"embeddings of {model.dim} dimensions."
+        )
+        return model
+
+    @classmethod
+    def from_parts(
         cls,
-        name: str,
+        backbone: PreTrainedModel,
+        tokenizer: Any,
         *,
-        layers: list[int] | None = None,
         pooling: str = "mean",
         projection_dim: int | None = None,
         activation: str = "identity",
@@ -190,13 +229,14 @@ class StudentModel(PreTrainedModel):
         max_length: int | None = None,
         dropout: float | None = None,
         prompts: Mapping[str, str] | None = None,
-        **hub_options: Any,
+        base_model: str | None = None,
+        layers: list[int] | None = None,
     ) -> "StudentModel":
-        """Make a student from a pretrained encoder.
+        """Make a student around an encoder in memory, its projection random.
 
         Args:
-            name: Folder or Hub id of any encoder that `AutoModel` opens without remote code, in safetensors.
-            layers: Which of its layers to keep, in order, counted from 0 (`[0, 2, 5]`); None keeps all.
+            backbone: The encoder; its weights are copied.
+            tokenizer: That of the encoder.
             pooling: "mean", "cls" or "last".
             projection_dim: D of the Linear H -> D behind the pooling; None for none (D = H).
             activation: "identity" or "tanh", behind the projection.
@@ -204,62 +244,31 @@ class StudentModel(PreTrainedModel):
             normalize: Whether embeddings are scaled to unit length.
             max_length: Longest input in tokens; None for the most that the backbone and tokenizer take.
             dropout: Every dropout rate of the backbone, in [0, 1); None leaves them. A student that imitates exact targets
-                learns without any, and on a CPU trains twice as fast.
+                learns better without any (recipes/results), and on a CPU trains twice as fast.
             prompts: Name -> text put before every text; "query" and "document" are empty unless given.
-            **hub_options: revision, token, cache_dir, local_files_only.
-
-        Raises:
-            ValueError: If a setting is unknown, a layer is not there, or the checkpoint lacks weights of the backbone
-                (they would be trained from random without a word).
-            OSError: If there is no such model, or it has no safetensors (a pickle is never opened).
+            base_model: What it was made from, for its card; None for nothing.
+            layers: Which layers of that.
         """
         _check_settings(pooling, activation, projection_dim)
-        if activation != "identity" and projection_dim is None:
-            raise ValueError(
-                f"StudentModel: activation is {activation!r} without a projection, expected projection_dim=... with it. "
-                "It would be dropped. Set projection_dim or leave activation out."
-            )
-        backbone, info = load_safe(AutoModel, name, dtype=torch.float32, output_loading_info=True, **hub_options)
-        lost = [key for key in info["missing_keys"] if "pooler." not in key]
-        if lost:
-            raise ValueError(
-                f"StudentModel: {name} is missing {len(lost)} weights of {type(backbone).__name__} ({lost[0]}, ...), "
-                "expected a whole checkpoint. They would start from random values. Use another checkpoint."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
         longest = longest_input(backbone, tokenizer)
         if max_length is not None and max_length > longest:
             raise ValueError(
-                f"StudentModel: max_length is {max_length}, expected at most {longest}, which is what {name} takes. "
+                f"StudentModel: max_length is {max_length}, expected at most {longest}, which {base_model or 'it'} takes. "
                 "Longer texts would fail or run past the position table. Lower max_length."
             )
-        total = backbone.config.num_hidden_layers
-        if layers is not None:
-            keep_layers(backbone, layers)
         config = backbone.config
         if dropout is not None:
             for key, value in list(vars(config).items()):
                 if "dropout" in key and isinstance(value, float):
                     setattr(config, key, dropout)
-        config.hf_distill = {
-            "pooling": pooling,
-            "projection_dim": projection_dim,
-            "activation": activation,
-            "bias": bias,
-            "normalize": normalize,
-            "max_length": max_length or longest,
-            "prompts": {"query": "", "document": "", **(prompts or {})},
-            "base_model": Path(name).name if Path(name).is_dir() else name,
-            "layers": list(range(total)) if layers is None else list(layers),
-        }
+        prompts = {"query": "", "document": "", **(prompts or {})}
+        settings = {"pooling": pooling, "projection_dim": projection_dim, "activation": activation, "bias": bias}
+        settings |= {"normalize": normalize, "max_length": max_length or longest, "prompts": prompts}
+        config.hf_distill = {**settings, "base_model": base_model, "layers": layers}
         model = cls(config)
         model.backbone.load_state_dict(backbone.state_dict())
         model.tokenizer = tokenizer
         tokenizer.model_max_length = config.hf_distill["max_length"]
-        logger.info(
-            f"StudentModel: kept layers {config.hf_distill['layers']} of {total} of {name}, "
-            f"{model.num_parameters() / 1e6:.1f}M parameters, embeddings of {model.dim} dimensions."
-        )
         return model
 
     @classmethod
@@ -522,6 +531,8 @@ def keep_layers(backbone: PreTrainedModel, layers: list[int]) -> None:
             f"StudentModel: layers is {layers}, expected numbers from 0 to {total - 1}: {type(backbone).__name__} has "
             f"{total} layers."
         )
+    if layers == list(range(total)):
+        return
     stacks = [
         (parent, name)
         for parent in backbone.modules()
@@ -575,6 +586,11 @@ def _check_settings(pooling: str, activation: str, projection_dim: int | None) -
             raise ValueError(f"StudentModel: {what} is {value!r}, expected one of {sorted(known)}.")
     if projection_dim is not None and projection_dim < 1:
         raise ValueError(f"StudentModel: projection_dim is {projection_dim}, expected 1 or more, or None.")
+    if activation != "identity" and projection_dim is None:
+        raise ValueError(
+            f"StudentModel: activation is {activation!r} without a projection, expected projection_dim=... with it. "
+            "It would be dropped. Set projection_dim or leave activation out."
+        )
 
 
 def _write_json(path: Path, content: Any) -> None:

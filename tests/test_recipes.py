@@ -94,6 +94,12 @@ def test_start_by_least_squares_is_what_differing_widths_get(inputs, tmp_path, m
     assert losses[0] < 0.8 * losses[1]
 
 
+def test_student_from_scratch(inputs, tmp_path, monkeypatch):
+    results = run([*inputs[0], "--from_scratch", "8", "3", "2", "16", "--max_steps", "1"], tmp_path / "out", monkeypatch)
+    assert results["student"]["layers"] == [0, 1, 2]
+    assert "Student: 3 layers, from random weights, mean pooling" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_two_teachers_in_one_space(inputs, tmp_path, monkeypatch, backbone_folder):
     flags, _ = inputs
     StudentModel.from_backbone(backbone_folder, projection_dim=6).save_pretrained(tmp_path / "second")
