@@ -133,7 +133,7 @@ class DistillationTrainer(Trainer):
             "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
             "data": {"rows": rows, "columns": self.columns, "sha256": self._digest},
         }
-        return json.loads(json.dumps(facts, default=str))
+        return _plain(facts)
 
     @property
     def student(self) -> StudentModel:
@@ -324,7 +324,7 @@ def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
             f"DistillationTrainer: {folder} holds a model that is not of this run, expected a new or empty folder. It would be "
             "overwritten. Use another --output_dir."
         )
-    _require_same_run(folder, json.loads(json.dumps(facts, default=str)), new=True)
+    _require_same_run(folder, _plain(facts), new=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_run(folder, facts)
@@ -334,10 +334,19 @@ def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
         ) from error
 
 
+def _plain(facts: Any) -> Any:
+    """Return facts as JSON gives them back; sets in order, for each process has another."""
+
+    def other(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    return json.loads(json.dumps(facts, default=other))
+
+
 def _write_run(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / RUN_FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, **facts}, indent=1, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**known, **_plain(facts)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) -> None:

@@ -161,6 +161,45 @@ def test_two_processes_write_the_bytes_of_one(teacher_folder, whole, tmp_path):
     assert contents(tmp_path / "two") == contents(whole)
 
 
+LARGE = """
+import sys
+from pathlib import Path
+import torch
+from hf_distill import PCAProjection, TeacherCache
+from hf_distill.teachers import Teacher
+
+class Wide(Teacher):
+    name, dim, fingerprint = "wide", 1024, {"wide": 1}
+    def encode(self, texts, batch_size=64, show_progress_bar=None):
+        numbers = torch.tensor([float(text) for text in texts])
+        return torch.sin(numbers[:, None] * torch.arange(1, 1025) / 700)
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+folder = Path(sys.argv[1])
+TeacherCache(Wide(), folder / "small", dtype="float32", shard_size=512).add(map(str, range(2000)))
+PCAProjection.fit(TeacherCache.open(folder / "small"), 8)
+before = peak()
+cache = TeacherCache(Wide(), folder / "large", dtype="float32", shard_size=512)
+cache.add(map(str, range(120_000)))  # a generator: neither texts nor vectors are ever in memory as a whole
+PCAProjection.fit(cache, 8)
+for start in range(0, 120_000, 5000):
+    found = cache.encode([str(start + i) for i in range(64)])
+    assert torch.equal(found, Wide().encode([str(start + i) for i in range(64)]))
+print(len(cache), sum(path.stat().st_size for path in folder.glob("large/*.safetensors")) / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_cached_may_be_larger_than_memory(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, written, grown = map(float, done.stdout.split())
+    assert (count, written > 450) == (120_000, True)
+    assert grown < 100  # MB, of which the keys take 24 bytes a text while it grows
+
+
 def test_another_teacher_never_reuses_old_targets(teacher_folder, tmp_path):
     def open_with(**options):
         return TeacherCache(EncoderTeacher(teacher_folder, **{"dtype": "float32", **options}), tmp_path)

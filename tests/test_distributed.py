@@ -55,7 +55,7 @@ def runs(folder):
     for processes in (1, 2):
         succeed("ddp", folder, processes)
         (folder / f"models-{processes}").mkdir()
-        for name in ("sequential", "grouped", "uneven", "stream"):
+        for name in ("sequential", "grouped", "uneven", "lora", "stream"):
             (folder / name).rename(folder / f"models-{processes}" / name)
     return {n: json.loads((folder / f"ddp-{n}.json").read_text()) for n in (1, 2)}
 
@@ -67,7 +67,7 @@ def test_two_processes_are_two_and_end_with_equal_parameters(runs):
     assert runs[2]["evaluated on"] == [0]
 
 
-@pytest.mark.parametrize("name", ["sequential", "grouped", "stream"])
+@pytest.mark.parametrize("name", ["sequential", "grouped", "lora", "stream"])
 def test_two_halves_of_a_batch_are_the_batch(name, runs, folder):
     one, two = (runs[n]["runs"][name] for n in (1, 2))
     assert len(one["losses"]) >= 20
@@ -108,10 +108,11 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(folder):
     assert Path(last_checkpoint(folder / "nan")).name == "checkpoint-2"
 
 
-def test_processes_with_other_data_are_refused(folder):
-    done = launch("other_data", folder)
+@pytest.mark.parametrize(("scenario", "what"), [("other_data", "data"), ("other_cache", "teacher_fingerprint")])
+def test_processes_with_other_data_or_targets_are_refused(scenario, what, folder):
+    done = launch(scenario, folder)
     assert done.returncode != 0
-    assert "process 1 has another data than process 0" in done.stderr
+    assert f"process 1 has another {what} than process 0" in done.stderr
     assert not list((folder / "other").glob("checkpoint-*"))
 
 

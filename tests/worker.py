@@ -11,9 +11,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from conftest import make_texts
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLoss, StudentModel, TeacherCache
+from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLoss, PCAProjection, StudentModel, TeacherCache
 from hf_distill.processes import score
 
 
@@ -51,9 +52,8 @@ def data(stream=False, rows=ROWS):
 def trainer(name, **options):
     torch.manual_seed(0)
     student = options.pop("model", None) or StudentModel.from_backbone(str(FOLDER / "backbone"), projection_dim=24, dropout=0.0)
-    given = {
-        key: options.pop(key) for key in ("loss", "callbacks", "evaluators", "train_dataset", "eval_dataset") if key in options
-    }
+    objects = ("loss", "callbacks", "evaluators", "train_dataset", "eval_dataset", "peft_config", "teacher")
+    given = {key: options.pop(key) for key in objects if key in options}
     defaults = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3}
     defaults |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // PartialState().num_processes}
     args = DistillationTrainingArguments(str(FOLDER / name), **{**defaults, **options})
@@ -79,6 +79,7 @@ def ddp():
         "sequential": {"num_train_epochs": 2},
         "grouped": {"num_train_epochs": 2, "train_sampling_strategy": "group_by_length"},
         "uneven": {"num_train_epochs": 2, "train_dataset": data(rows=91)},
+        "lora": {"num_train_epochs": 2, "peft_config": LoraConfig(r=4, target_modules="all-linear")},
         "stream": {"max_steps": 20, "train_dataset": data(stream=True), "train_sampling_strategy": "group_by_length"},
     }
     for name, options in runs.items():
@@ -138,6 +139,12 @@ def other_data():
         max_steps=1,
         train_dataset=Dataset.from_dict({"text": rows[:: -1 if PartialState(cpu=True).process_index else 1]}),
     )
+
+
+def other_cache():
+    cache = TeacherCache.open(FOLDER / "cache")
+    rows = make_texts(ROWS)[PartialState(cpu=True).process_index :]  # each process fits a projection of its own
+    trainer("other", max_steps=1, teacher=cache.project(PCAProjection.fit(cache.encode(rows), 24)))
 
 
 def failing_evaluator():
