@@ -18,7 +18,7 @@ from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLo
 from hf_distill.processes import score
 
 
-SCENARIO, FOLDER = sys.argv[1], Path(sys.argv[2])
+FOLDER = Path(sys.argv[2] if __name__ == "__main__" else ".")
 ROWS = 96
 
 
@@ -283,4 +283,4 @@ def checkpoint_kills():
 
 if __name__ == "__main__":
     PartialState(cpu=True)
-    globals()[SCENARIO]()
+    globals()[sys.argv[1]]()
