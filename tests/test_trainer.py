@@ -315,6 +315,13 @@ def test_a_stream_is_grouped_inside_a_bounded_buffer():
     assert second != first + rest
 
 
+def test_every_pass_of_a_stream_is_shuffled_anew(texts):
+    rows = iter(TextStream(stream_of(texts, buffer_size=20), ["text"], block_size=None, seed=0, endless=True))
+    first, second = ([next(rows)["text"] for _ in texts] for _ in range(2))
+    assert sorted(first) == sorted(second) == sorted(texts)
+    assert first != second
+
+
 def test_a_stream_without_rows_is_refused_and_not_waited_for():
     stream = TextStream(stream_of(["a", "b", "c"]).filter(lambda row: False), ["text"], block_size=8, seed=0, endless=True)
     with pytest.raises(ValueError, match="the stream has no rows"):
