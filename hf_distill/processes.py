@@ -112,6 +112,8 @@ def score(evaluators: Sequence[Evaluator], encode: Encode) -> dict[str, float]:
             _encode_together(encode, *content)
 
     def together(texts: list[str], **options: Any) -> np.ndarray:
+        if not len(texts):
+            return np.asarray(encode([], **options))
         work = (list(texts), options)
         broadcast_object_list([("encode", work)])
         return _encode_together(encode, *work)
