@@ -97,6 +97,10 @@ class RecipeArguments:
     backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
     backbone_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
     layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})
+    max_vocabulary: int | None = field(
+        default=None,
+        metadata={"help": "Cut the student's WordPiece vocabulary to the training text's most frequent tokens, so many."},
+    )
     from_scratch: list[int] | None = field(
         default=None,
         metadata={"help": "A student of random weights with the backbone's tokenizer: hidden size, layers, heads, FFN size."},

@@ -6,7 +6,7 @@ from typing import Any
 from demo import EMBEDDED, gcide_texts
 
 from hf_distill.augment import BackTranslation, SynonymReplacement, augment
-from hf_distill.build import from_scratch
+from hf_distill.build import from_scratch, prune_vocabulary
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
@@ -55,10 +55,13 @@ def open_teacher(recipe: Any) -> Teacher:
     return caches[0] if len(caches) == 1 else JointTeacher(caches, recipe.combine)
 
 
-def open_student(recipe: Any, **options: Any) -> StudentModel:
-    """Return a student made from `--backbone`, or as `--from_scratch` says with its tokenizer."""
+def open_student(recipe: Any, texts: TrainingTexts, **options: Any) -> StudentModel:
+    """Return a student made from `--backbone`, or as `--from_scratch` says with its tokenizer; its vocabulary cut if asked."""
     if recipe.from_scratch:
-        return from_scratch(recipe.backbone, *recipe.from_scratch, **recipe.student_options(), **options)
-    student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
-    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+        student = from_scratch(recipe.backbone, *recipe.from_scratch, **recipe.student_options(), **options)
+    else:
+        student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
+        student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+    if recipe.max_vocabulary:
+        prune_vocabulary(student, list(texts.all()), recipe.max_vocabulary)
     return student
