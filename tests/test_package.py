@@ -37,7 +37,7 @@ def test_rooms_keep_to_themselves():
         "shards.py": ({"numpy", "safetensors"}, set()),
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),
         "adapters.py": ({"torch", "peft"}, {"student"}),
-        "build.py": ({"transformers"}, {"student"}),
+        "build.py": ({"torch", "transformers"}, {"student"}),
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
         "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"student"}),
         "cache.py": ({"torch", "transformers", "numpy"}, {"processes", "shards", "teachers"}),
