@@ -113,7 +113,7 @@ def dying(source, target):
 os.replace = dying
 cache = TeacherCache(EncoderTeacher(teacher_folder, dtype="float32"), folder, shard_size=10, batch_size=4)
 cache.add(make_texts(25)); cache.add(make_texts(60, seed=1))
-print("writes", count)
+print(f"writes {count}\\n", end="")
 """
 
 
@@ -149,9 +149,10 @@ def test_killed_build_goes_on_and_ends_with_the_same_bytes(kill_at, teacher_fold
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(teacher_folder, whole, tmp_path):
     script = tmp_path / "build.py"
-    script.write_text(
-        BUILD.replace("print(", "from accelerate import PartialState\nprint('world', PartialState().num_processes, ")
+    world = (
+        'from accelerate import PartialState\nprint(f"world {PartialState().num_processes} '  # in one write: two of them mix
     )
+    script.write_text(BUILD.replace('print(f"', world))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(script)]
     arguments = [str(Path(__file__).parent), str(tmp_path / "two"), teacher_folder, "0"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
