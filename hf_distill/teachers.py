@@ -174,8 +174,8 @@ class EncoderTeacher(Teacher):
         max_length: Longest input in tokens; None as the repository says.
         dtype: torch dtype or its name; None for bfloat16 where the device computes it natively, else float32.
         device: None for a GPU where there is one.
-        int8: Hold the backbone's linear layers in 8 bits (bitsandbytes), half the memory of bfloat16; targets move by about
-            0.003 in cosine (all-mpnet-base-v2), so it is never the default.
+        int8: Hold the backbone's linear layers in 8 bits (bitsandbytes), half the memory of bfloat16; the targets are
+            others, if close, so it is never the default.
         device_map: "auto" or a map of modules to devices, for a teacher larger than one device; in place of `device`.
         **load_options: Whatever else `AutoModel.from_pretrained` takes (max_memory, offload_folder, ...).
 

@@ -187,15 +187,15 @@ def falling_scores(scores):
     return lambda encode: {"quality": next(values), "width": encode(["a cat"]).shape[1]}
 
 
+KEEP_BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+KEEP_BEST |= {"metric_for_best_model": "quality", "learning_rate": 1e-2}
+
+
 def test_evaluators_choose_the_best_model(make):
     trainer = make(
         evaluators=[falling_scores([1.0, 9.0, 3.0])],
         num_train_epochs=3,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="quality",
-        learning_rate=1e-2,
+        **KEEP_BEST,
     )
     trainer.train()
     assert [line["eval_quality"] for line in trainer.state.log_history if "eval_quality" in line] == [1, 9, 3]
@@ -402,11 +402,7 @@ def test_lora_keeps_the_best_model(make):
         peft_config=lora(),
         evaluators=[falling_scores([9.0, 1.0])],
         num_train_epochs=2,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="quality",
-        learning_rate=1e-2,
+        **KEEP_BEST,
     )
     trainer.train()
     best, last = (load_file(f"{trainer.args.output_dir}/checkpoint-{n}/adapter_model.safetensors") for n in (12, 24))
