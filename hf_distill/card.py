@@ -31,6 +31,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     measured = "rows" in facts
     scores = dict(facts["rows"]["student"]["scores"]) if measured else {}
     student, paper = facts["student"], facts.get("paper", "")
+    losses = [loss["name"] for loss in facts["loss"].get("losses", [facts["loss"]])]
     if measured and not facts.get("license"):
         logger.warning(f"card: {name} has no licence (--license); the card says none. A Hub user could not rely on it.")
     data = ModelCardData(
@@ -44,7 +45,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
             "feature-extraction",
             "hf_distill",
             "knowledge-distillation",
-            facts["loss"]["name"],
+            *losses,
         ],
         base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], facts["teacher"]]) if _is_hub_id(hub_id)]
         or None,
@@ -67,6 +68,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         facts=facts,
         measured=measured,
         student=student,
+        losses=losses,
         tables=tables,
         paper=paper,
         paper_title=_PAPERS.get(paper, paper),

@@ -136,22 +136,20 @@ def starting_map(states: Tensor, targets: Tensor, components: Tensor | None = No
         targets: [N, D], of the same texts.
         components: [D, H], directions to keep, scaled so that the outputs are as long as the targets (pooled states are
             some six times longer than unit targets, and the first hundred steps would only shrink them): the teacher's PCA,
-            for a student cut from that teacher. None: least squares, with a ridge of 1e-4 of the mean variance.
+            for a student cut from that teacher. None: the orthonormal map that comes closest (orthogonal Procrustes,
+            Schönemann 1966), which keeps the cosines that a pretrained student has; least squares would come closer and
+            flatten every direction that it can't predict.
 
     Raises:
         ValueError: If components are not as wide as the student: such a student has other coordinates than the teacher.
     """
     if components is None:
-        states, targets = states.double(), targets.double()
-        mean, center = states.mean(0), targets.mean(0)
-        square = (states - mean).T @ (states - mean)
-        square += 1e-4 * square.diagonal().mean() * torch.eye(len(square), dtype=torch.double)
-        weight = torch.linalg.solve(square, (states - mean).T @ (targets - center)).T
-        return weight.float(), (center - weight @ mean).float()
+        left, _, right = torch.linalg.svd(targets.double().T @ states.double(), full_matrices=False)
+        components = (left @ right).float()
     if components.shape[1] != states.shape[1]:
         raise ValueError(
             f"starting_map: the components have {components.shape[1]} dimensions, the student's states {states.shape[1]}, "
-            "expected as many. Leave components out for least squares."
+            "expected as many. Leave components out for the closest orthonormal map."
         )
     scale = targets.norm(dim=-1).mean() / (states @ components.T).norm(dim=-1).mean()
     return scale * components, torch.zeros(len(components))

@@ -12,12 +12,12 @@ from transformers import set_seed
 from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import FidelityEvaluator
-from hf_distill.losses import HPDLoss
+from hf_distill.losses import HPDLoss, SimilarityLoss, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
 from hf_distill.trainer import DistillationTrainer, claim_output_dir, last_checkpoint
 
 
-STARTS = ("auto", "pca", "least_squares", "random")
+STARTS = ("auto", "pca", "orthogonal", "random")
 
 
 @dataclass
@@ -27,8 +27,9 @@ class HPDArguments(RecipeArguments):
     dim: int = field(default=128, metadata={"help": "Dimensions of the embedding: the teacher's PCA to so many."})
     center: bool = field(default=False, metadata={"help": "Subtract the teacher's mean (paper); the released code does not."})
     activation: str = field(default="identity", metadata={"help": "Behind the projection: identity, or tanh (paper)."})
-    start: str = field(default="auto", metadata={"help": "Projection from pca, least_squares, random; auto: see README."})
+    start: str = field(default="auto", metadata={"help": "Projection from pca, orthogonal, random; auto: see README."})
     normalize_loss: bool = field(default=True, metadata={"help": "Compare directions: both sides at unit length."})
+    similarity_weight: float = field(default=0.0, metadata={"help": "Weight of `SimilarityLoss` beside the paper's loss."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     # What does not fit is refused now, not after the teacher's hours.
     PCAProjection.require(recipe.dim, teacher.dim, len(texts.train))
     as_wide = student.config.hidden_size == teacher.dim
-    start = ("pca" if as_wide else "least_squares") if recipe.start == "auto" else recipe.start
+    start = ("pca" if as_wide else "orthogonal") if recipe.start == "auto" else recipe.start
     if start == "pca" and not as_wide:
-        raise ValueError(f"hpd: start pca needs a student as wide as the teacher ({teacher.dim}). Use least_squares.")
+        raise ValueError(f"hpd: start pca needs a student as wide as the teacher ({teacher.dim}). Use orthogonal.")
 
     with report.timed("caching"):
         teacher.add(*texts.text_columns())
@@ -76,12 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         size = student.num_parameters()  # adapters come on top, and are merged in the end
         report.add("untrained student", student.encode, size, recipe.dim)
 
+    parts = [HPDLoss(normalize=recipe.normalize_loss), SimilarityLoss()]
     trainer = DistillationTrainer(
         model=student,
         args=args,
         train_dataset=texts.train,
         teacher=projected,
-        loss=HPDLoss(normalize=recipe.normalize_loss),
+        loss=WeightedLoss(parts, {"similarity": recipe.similarity_weight}) if recipe.similarity_weight else parts[0],
         evaluators=[fidelity],
         peft_config=recipe.peft_config(),
     )

@@ -34,6 +34,7 @@ def test_rooms_keep_to_themselves():
         "student.py": ({"torch", "transformers", "safetensors"}, set()),
         "losses/base.py": ({"torch"}, set()),
         "losses/hpd.py": ({"torch"}, {"base"}),
+        "losses/similarity.py": ({"torch"}, {"base"}),
         "shards.py": ({"numpy", "safetensors"}, set()),
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),
         "adapters.py": ({"torch", "peft"}, {"student"}),

@@ -122,21 +122,30 @@ def test_blocks_of_given_texts_are_what_is_fitted(cache):
     assert torch.allclose(PCAProjection.fit(cache.blocks(some), 4).components, expected.components, atol=1e-5)
 
 
-def test_start_by_least_squares_finds_the_map_that_made_the_targets():
+def test_orthogonal_start_finds_the_turn_that_made_the_targets_and_keeps_cosines():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(500, 12, generator=generator) + 3
-    weight, bias = torch.randn(5, 12, generator=generator), torch.randn(5, generator=generator)
-    found = starting_map(states, states @ weight.T + bias)
-    assert torch.allclose(found[0], weight, atol=1e-3)
-    assert torch.allclose(found[1], bias, atol=1e-2)
-    noise = states @ weight.T + bias + torch.randn(500, 5, generator=generator)
-    errors = [((states @ w.T + b - noise) ** 2).mean() for w, b in (starting_map(states, noise), (weight, bias))]
-    assert errors[0] < errors[1]
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
+    weight, bias = starting_map(6 * states, states @ turn.T)
+    assert torch.allclose(6 * weight, turn, atol=1e-4)
+    assert not bias.any()
+
+    # Targets that the states say little of: the map stays orthonormal, where least squares would flatten it.
+    targets = states[:, :5] @ torch.diag(torch.tensor([1.0, 1.0, 0.1, 0.1, 0.1])) + torch.randn(500, 5, generator=generator)
+    weight, _ = starting_map(states, targets)
+    square = weight @ weight.T
+    assert torch.allclose(square / square[0, 0], torch.eye(5), atol=1e-5)
+    others = [torch.linalg.qr(torch.randn(12, 5, generator=generator)).Q.T for _ in range(20)]
+    fits = [((states @ w.T) * targets).sum() for w in (weight / weight[0].norm(), *others)]
+    assert max(fits) == fits[0]
 
 
-def test_start_by_least_squares_with_fewer_texts_than_dimensions_is_finite():
+def test_orthogonal_start_with_fewer_texts_or_more_dimensions_than_the_student_is_finite():
     states = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     assert all(torch.isfinite(part).all() for part in starting_map(states, states[:, :3]))
+    weight, _ = starting_map(states, states.repeat(1, 2))
+    assert weight.shape == (24, 12)
+    assert torch.isfinite(weight).all()
 
 
 def test_start_from_components_is_as_long_as_the_targets():

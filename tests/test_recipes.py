@@ -10,8 +10,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import make_texts
 from huggingface_hub import ModelCard
+from transformers import AutoModel
 
 from hf_distill import DistillationTrainingArguments, PCAProjection, StudentModel, parse_arguments
 from hf_distill.evaluation.similarity import STS_SETS
@@ -85,13 +87,28 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
-def test_start_by_least_squares_is_what_differing_widths_get(inputs, tmp_path, monkeypatch):
+def test_orthogonal_start_is_what_differing_widths_get(inputs, tmp_path, monkeypatch):
     flags = [*inputs[0], "--max_steps", "1", "--logging_steps", "1"]
     random = run(flags, tmp_path / "random", monkeypatch)
     flags[flags.index("--start") + 1] = "auto"
     fitted = run(flags, tmp_path / "fitted", monkeypatch)
     losses = [run["log_history"][0]["loss_mse"] for run in (fitted, random)]
     assert losses[0] < 0.8 * losses[1]
+
+
+def test_similarity_beside_the_papers_loss_and_token_embeddings_left_alone(inputs, tmp_path, monkeypatch, backbone_folder):
+    flags = [*inputs[0], "--similarity_weight", "6", "--freeze_embeddings", "true", "--max_steps", "3", "--logging_steps", "3"]
+    log = run(flags, tmp_path / "out", monkeypatch)["log_history"][0]
+    assert log["loss"] == pytest.approx(log["loss_mse"] + log["loss_similarity"], rel=1e-3)
+    assert log["loss_similarity"] > 0
+    trained = AutoModel.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModel.from_pretrained(backbone_folder).state_dict()
+    same = {key for key in trained if torch.equal(trained[key], before[key])}
+    assert "embeddings.word_embeddings.weight" in same
+    assert "encoder.layer.0.output.dense.weight" not in same
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Loss: HPDLoss + SimilarityLoss (weights similarity 6.0, else 1)" in card
+    assert "- SimilarityLoss\n" in card
 
 
 def test_student_from_scratch(inputs, tmp_path, monkeypatch):

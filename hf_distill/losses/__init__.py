@@ -3,6 +3,7 @@
 
 from .base import DistillationLoss, WeightedLoss
 from .hpd import HPDLoss
+from .similarity import SimilarityLoss
 
 
-__all__ = ["DistillationLoss", "HPDLoss", "WeightedLoss"]
+__all__ = ["DistillationLoss", "HPDLoss", "SimilarityLoss", "WeightedLoss"]
