@@ -101,7 +101,7 @@ def prune_vocabulary(student: StudentModel, texts: Iterable[str], max_tokens: in
         vocabulary: dict[str, int] = content["model"]["vocab"]
         counts: Counter[int] = Counter()
         for batch in _batches(texts):
-            for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 counts.update(ids)
         prefix = content["model"]["continuing_subword_prefix"]
         always = {token["id"] for token in content["added_tokens"]}
@@ -128,7 +128,7 @@ def prune_vocabulary(student: StudentModel, texts: Iterable[str], max_tokens: in
     student.tokenizer = pruned
     whole = total = 0
     for batch in _batches(texts):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             whole, total = whole + all(i in place for i in ids), total + 1
     saved = (len(vocabulary) - len(keep)) * student.config.hidden_size
     covered = sum(count for i, count in counts.items() if i in place) / max(counts.total(), 1)
