@@ -267,8 +267,7 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # Private hook, checked on transformers 5.23, for the same reason.
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(model, StudentModel):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
