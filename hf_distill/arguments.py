@@ -105,9 +105,7 @@ class RecipeArguments:
         default=None,
         metadata={"help": "A student of random weights with the backbone's tokenizer: hidden size, layers, heads, FFN size."},
     )
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "Leave the student's token embeddings as they are; on a CPU a step is far quicker."}
-    )
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Leave the student's token embeddings as they are."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest student input in tokens; as much as it takes if not given."}
     )

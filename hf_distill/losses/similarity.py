@@ -14,7 +14,7 @@ class SimilarityLoss(DistillationLoss):
     cosines they made go with them; this loss holds the cosines themselves. Alone it leaves the student free to turn its
     space: put it beside `HPDLoss` (`WeightedLoss`) where vectors are compared with the teacher's.
 
-    Source: Tung and Mori 2019, https://huggingface.co/papers/1907.09682, Eq. 1 to 4.
+    Source: Tung and Mori 2019, https://huggingface.co/papers/1907.09682.
     Differs from the paper: cosines, whose diagonal is always 1 and is left out, in place of products scaled by row.
 
     The pairs are those of one batch on one device, so accumulation over two batches is not one batch of twice the size.
