@@ -59,7 +59,7 @@ def main() -> None:
             "from": min(ratios),
             "to": max(ratios),
         }
-    write_results(RECIPES / "results", {"shapes": rows, "provenance": provenance(None)}, options.name)
+    write_results(RECIPES / "results", {"table": rows, "provenance": provenance(None)}, options.name)
     draw(rows, RECIPES / "results" / f"{options.name}.png")
     print(table(rows))
 

@@ -40,9 +40,11 @@ def choices(results: dict) -> str:
 def main() -> None:
     """Write recipes/results/README.md, the table in the README, and model_cards/."""
     runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*.json"))}
+    text = (HERE / "about.md").read_text(encoding="utf-8").replace("{hpd_choices}", choices(runs["hpd_choices"]))
+    for name, results in runs.items():
+        if "table" in results:
+            text = text.replace(f"{{{name}}}", table(results["table"]))
     runs = {name: results for name, results in runs.items() if "rows" in results}
-    text = (HERE / "about.md").read_text(encoding="utf-8")
-    text = text.replace("{choices}", choices(json.loads((HERE / "hpd_choices.json").read_text(encoding="utf-8"))))
     for name, results in runs.items():
         text += f"\n## {name}\n\n{section(name, results)}\n".replace("(recipes/results/", "(").replace(
             "(model_cards/", "(../../model_cards/"
