@@ -34,12 +34,14 @@ class DistillationLoss(ABC):
         """Return its name and settings, as plain JSON."""
         return {"name": type(self).__name__, **vars(self)}
 
-    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
         """Return the named parts for a student's outputs.
 
         Args:
             outputs: Name of an output field -> [B, C, ...], with gradient.
             teacher: [B, C, D].
+            scores: [B, C - 1], a reranker's scores of the first column with each of the others, where there are any; for
+                the losses that compare scores.
         """
         return self(outputs[self.output], teacher)
 
@@ -110,9 +112,9 @@ class WeightedLoss(DistillationLoss):
         """Return the weights and what the losses are."""
         return {"name": "WeightedLoss", "weights": self.weights, "losses": [loss.facts() for loss in self.losses]}
 
-    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
         """Return the weighted parts of every loss."""
-        found = {name: value for loss in self.losses for name, value in loss.of(outputs, teacher).items()}
+        found = {name: value for loss in self.losses for name, value in loss.of(outputs, teacher, scores).items()}
         return {name: self.weights.get(name, 1.0) * value for name, value in found.items()}
 
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
