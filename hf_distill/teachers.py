@@ -250,14 +250,9 @@ class EncoderTeacher(Teacher):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes a target: a digest of weights and tokenizer, and each setting."""
         if self._fingerprint is None:
-            weights = hashlib.sha256()
-            for state in [self._backbone_state(), *(head.state_dict() for head in self.heads)]:
-                for key, value in sorted(state.items()):
-                    weights.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                    weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             self._fingerprint = {
-                "weights": weights.hexdigest(),
-                "tokenizer": _tokenizer_digest(self.tokenizer),
+                "weights": weights_digest([self._backbone_state(), *(head.state_dict() for head in self.heads)]),
+                "tokenizer": tokenizer_digest(self.tokenizer),
                 "prompt": self.prompt,
                 "pooling": self.pooling,
                 "heads": [str(head[1]) for head in self.heads],
@@ -329,7 +324,18 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> 
         ) from error
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def weights_digest(states: Iterable[Mapping[str, Tensor]]) -> str:
+    """Return a digest of every weight: its name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for state in states:
+        for key, value in sorted(state.items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of what a tokenizer makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
     for state in ("truncation", "padding"):  # set by the last call, not by the tokenizer's makers
