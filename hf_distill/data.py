@@ -16,6 +16,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from torch.utils.data import IterableDataset, Sampler
 from transformers.utils import logging
 
+from .cross_encoder import pair
 from .teachers import Teacher
 
 
@@ -144,11 +145,20 @@ def require_texts(dataset: Dataset, columns: list[str]) -> str:
     return digest.hexdigest()
 
 
-def tokenize(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int) -> Dataset:
-    """Return the data set with the text columns, `input_ids` (a list a column) and `length` (tokens of the longest)."""
+def tokenize(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int, read: list[str] | None = None) -> Dataset:
+    """Return the data set with the text columns, `input_ids` (a list a column) and `length` (tokens of the longest).
+
+    Args:
+        dataset: Rows of texts.
+        tokenizer: The student's.
+        columns: The text columns.
+        max_length: Longest text in tokens.
+        read: The columns that the student reads; all if None.
+    """
+    read = columns if read is None else read
 
     def tokens(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        ids = [tokenizer(batch[column], truncation=True, max_length=max_length)["input_ids"] for column in columns]
+        ids = [tokenizer(batch[column], truncation=True, max_length=max_length)["input_ids"] for column in read]
         rows = [list(row) for row in zip(*ids, strict=True)]
         return {"input_ids": rows, "length": [max(map(len, row)) for row in rows]}
 
@@ -164,26 +174,44 @@ class DistillationCollator:
         tokenizer: The student's.
         teacher: Where the targets come from.
         columns: The text columns.
+        read: Those that the student reads; all if None.
+        reranker: A teacher of pairs, for scores of the first column with each of the others.
         max_length: Longest text in tokens, for rows that are not tokenised yet (those of a stream: each process then
             tokenises its own rows only).
     """
 
-    def __init__(self, tokenizer: Any, teacher: Teacher, columns: list[str], max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        teacher: Teacher | None,
+        columns: list[str],
+        max_length: int | None = None,
+        read: list[str] | None = None,
+        reranker: Teacher | None = None,
+    ) -> None:
         self.tokenizer, self.teacher, self.columns, self.max_length = tokenizer, teacher, columns, max_length
+        self.read, self.reranker = columns if read is None else read, reranker
         # We pad ids that are there already; the advice to tokenise again would be wrong.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids and attention_mask [N, T], targets [B, C, D]."""
-        texts = [row[column] for row in rows for column in self.columns]
+        """Return input_ids and attention_mask [N, T], texts [B, C]; targets [B, C, D] and scores [B, C - 1] with a teacher."""
         if "input_ids" in rows[0]:
             ids = [ids for row in rows for ids in row["input_ids"]]
         else:
+            texts = [row[column] for row in rows for column in self.read]
             ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        # Never under the name `labels`: the Trainer would take it for a model's own loss.
-        targets = self.teacher.encode(texts).reshape(len(rows), len(self.columns), -1)
-        return {**batch, "targets": targets}
+        texts = [[row[column] for column in self.columns] for row in rows]
+        number = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(texts)))}
+        batch = {**batch, "texts": torch.tensor([[number[text] for text in row] for row in texts])}
+        if self.teacher is not None:
+            # Never under the name `labels`: the Trainer would take it for a model's own loss.
+            batch["targets"] = self.teacher.targets(texts)
+        if self.reranker is not None:
+            pairs = [pair(row[0], document) for row in texts for document in row[1:]]
+            batch["scores"] = self.reranker.encode(pairs).reshape(len(rows), -1)
+        return batch
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -45,6 +45,15 @@ class Teacher(ABC):
     def require(self, texts: Iterable[str]) -> None:  # noqa: B027 (most teachers have nothing to check)
         """Raise before long work if there can be no target for one of the texts; a live teacher has all of them."""
 
+    def require_columns(self, columns: Sequence[Iterable[str]]) -> None:
+        """Raise before long work if a text of the columns of a data set can have no target."""
+        for column in columns:
+            self.require(column)
+
+    def targets(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """Return the targets of rows of texts, [B, C, dim]."""
+        return self.encode([text for row in rows for text in row]).reshape(len(rows), -1, self.dim)
+
     def blocks(self, texts: Iterable[str]) -> Iterator[Tensor]:
         """Yield the targets of the texts, in order, a few thousand at a time, [n, dim] float32."""
         texts = iter(texts)
@@ -80,6 +89,65 @@ class ProjectedTeacher(Teacher):
     def require(self, texts: Iterable[str]) -> None:
         """Raise if the teacher behind lacks a text."""
         self.teacher.require(texts)
+
+    def require_columns(self, columns: Sequence[Iterable[str]]) -> None:
+        """Raise if the teacher behind lacks a text of a column."""
+        self.teacher.require_columns(columns)
+
+    def targets(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """Return the projected targets of rows of texts, [B, C, dim]."""
+        vectors = self.teacher.targets(rows)
+        return self.projection(vectors.flatten(0, 1)).reshape(*vectors.shape[:2], self.dim)
+
+
+class TwoTowerTeacher(Teacher):
+    """One teacher for queries, the first column of a row, and another for its documents, in one space.
+
+    Two prompts of one model ("query: ", "passage: "), or a model for the queries and an index that exists already for the
+    documents (`TeacherCache.from_embeddings`). As a plain teacher, `encode(texts)`, it encodes queries.
+
+    Args:
+        queries: Teacher of the first column.
+        documents: Teacher of the others.
+
+    Raises:
+        ValueError: If their dimensions differ: they are of two spaces.
+    """
+
+    def __init__(self, queries: Teacher, documents: Teacher) -> None:
+        if queries.dim != documents.dim:
+            raise ValueError(
+                f"TwoTowerTeacher: queries of {queries.name} have {queries.dim} dimensions, documents of {documents.name} "
+                f"{documents.dim}, expected one space. The student would learn to search an index that is not its teacher's. "
+                "Give the teacher that made the index."
+            )
+        self.queries, self.documents, self.dim = queries, documents, queries.dim
+        self.name = queries.name if queries.name == documents.name else f"{queries.name} over {documents.name}"
+        self.num_parameters = queries.num_parameters
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Those of both sides."""
+        return {"queries": self.queries.fingerprint, "documents": self.documents.fingerprint}
+
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
+        """Return targets [N, dim] of N queries."""
+        return self.queries.encode(texts, batch_size, show_progress_bar)
+
+    def require(self, texts: Iterable[str]) -> None:
+        """Raise if the teacher of queries lacks one."""
+        self.queries.require(texts)
+
+    def require_columns(self, columns: Sequence[Iterable[str]]) -> None:
+        """Raise if either side lacks a text of its columns."""
+        for side, column in zip([self.queries, *[self.documents] * (len(columns) - 1)], columns, strict=True):
+            side.require(column)
+
+    def targets(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """Return the targets of rows of a query and its documents, [B, C, dim]."""
+        queries = self.queries.encode([row[0] for row in rows]).unsqueeze(1)
+        documents = self.documents.encode([text for row in rows for text in row[1:]])
+        return torch.cat([queries, documents.reshape(len(rows), -1, self.dim)], dim=1)
 
 
 class JointTeacher(Teacher):

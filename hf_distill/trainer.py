@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 from .adapters import add_adapter, merged, student_of
 from .arguments import DistillationTrainingArguments
 from .card import run_card
+from .cross_encoder import pair
 from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
 from .layout import check_layout
 from .losses import DistillationLoss
@@ -40,8 +41,13 @@ class DistillationTrainer(Trainer):
         train_dataset: `datasets.Dataset` or `IterableDataset` of texts. Columns in order: one text, pairs, or n-tuples;
             `label` and `score` are left out.
         eval_dataset: The same, for eval_loss.
-        teacher: A `TeacherCache`, the same projected (`cache.project(projection)`), or a live teacher.
+        teacher: A `TeacherCache`, the same projected (`cache.project(projection)`), or a live teacher. None if the loss needs
+            no vectors.
         loss: A `DistillationLoss`; each of its parts is logged as loss_<part>.
+        reranker: A `CrossEncoderTeacher`, or its cache, for losses that need scores: of the first column, the query, with each
+            of the others.
+        inherited_columns: Columns whose embeddings are the teacher's own, which the student never reads: the documents of an
+            index that stays as it is (EmbedDistill's asymmetric student).
         evaluators: Callables that take `encode(texts) -> [N, D]` and return named scores. They run at each evaluation and
             their scores, as eval_<name>, reach load_best_model_at_end, early stopping and callbacks.
         peft_config: A `peft.LoraConfig` or another: adapters and heads are trained, nothing else. Checkpoints are adapters;
@@ -64,8 +70,10 @@ class DistillationTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
-        teacher: Teacher,
+        teacher: Teacher | None,
         loss: DistillationLoss,
+        reranker: Teacher | None = None,
+        inherited_columns: Sequence[str] = (),
         evaluators: Sequence[Evaluator] = (),
         peft_config: Any = None,
         **trainer_options: Any,
@@ -73,13 +81,14 @@ class DistillationTrainer(Trainer):
         args = DistillationTrainingArguments() if args is None else args
         if peft_config is not None:
             model = add_adapter(model, peft_config)
-        self.teacher, self.loss, self.evaluators = teacher, loss, list(evaluators)
+        self.teacher, self.loss, self.evaluators, self.reranker = teacher, loss, list(evaluators), reranker
         first = model if model is not None else _first_model(trainer_options["model_init"])
         student = student_of(first)
-        _require_same_width(student, teacher)
+        _require_teachers(student, loss, teacher, reranker, inherited_columns)
         tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
         given = [part for part in (train_dataset, eval_dataset) if part is not None]
         self.columns = text_columns(_first(given[0]), args.text_columns) if given else []
+        self.inherited = _require_columns(self.columns, inherited_columns)
         self._digest: str | None = None
         eval_parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         eval_parts = {name: self._prepare(part, student, tokenizer, args) for name, part in eval_parts.items()}
@@ -88,7 +97,8 @@ class DistillationTrainer(Trainer):
         if eval_dataset is None and self.evaluators:
             eval_dataset = []  # the host refuses eval_strategy without a data set; evaluators need none
         longest = student.settings["max_length"]
-        trainer_options.setdefault("data_collator", DistillationCollator(tokenizer, teacher, self.columns, longest))
+        collator = DistillationCollator(tokenizer, teacher, self.columns, longest, self.read, reranker)
+        trainer_options.setdefault("data_collator", collator)
         self._sums: dict[str, Tensor] = {}
         super().__init__(
             model=model,
@@ -98,6 +108,8 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_options,
         )
+        if teacher is None:
+            self.label_names = ["texts"]  # what tells the host's evaluation that there is a loss
         require_strategy(self.accelerator.state)
         self.run_facts = self._describe_run(first)
         require_same(self.run_facts)
@@ -118,22 +130,34 @@ class DistillationTrainer(Trainer):
             return TextStream(dataset, self.columns, block if grouped else None, seed, endless=training)
         digest = require_texts(dataset, self.columns)
         self._digest = digest if training else self._digest
-        for column in self.columns:
-            self.teacher.require(dataset[column])
-        return tokenize(dataset, tokenizer, self.columns, student.settings["max_length"])
+        if self.teacher is not None:
+            self.teacher.require_columns([dataset[column] for column in self.columns])
+        if self.reranker is not None:
+            for column in self.columns[1:]:
+                self.reranker.require(map(pair, dataset[self.columns[0]], dataset[column]))
+        return tokenize(dataset, tokenizer, self.columns, student.settings["max_length"], self.read)
 
     def _describe_run(self, model: nn.Module) -> dict[str, Any]:
         """Return what a checkpoint must agree with to be gone on from, as plain JSON."""
         rows = len(self.train_dataset) if isinstance(self.train_dataset, datasets.Dataset) else None
         facts = {
-            "teacher": self.teacher.name,
-            "teacher_fingerprint": self.teacher.fingerprint,
+            "teacher": self.teacher.name if self.teacher else None,
+            "teacher_fingerprint": self.teacher.fingerprint if self.teacher else None,
             "loss": self.loss.facts(),
             "student": student_of(model).settings,
             "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
             "data": {"rows": rows, "columns": self.columns, "sha256": self._digest},
         }
+        if self.reranker is not None:
+            facts |= {"reranker": self.reranker.name, "reranker_fingerprint": self.reranker.fingerprint}
+        if self.inherited:
+            facts["inherited_columns"] = self.inherited
         return _plain(facts)
+
+    @property
+    def read(self) -> list[str]:
+        """The text columns that the student reads."""
+        return [column for column in self.columns if column not in self.inherited]
 
     @property
     def student(self) -> StudentModel:
@@ -180,19 +204,16 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Return the sum of the loss's parts, a mean over the batch."""
         inputs = dict(inputs)
-        targets = inputs.pop("targets")  # [B, C, D]
+        batch = {name: inputs.pop(name) for name in ("targets", "scores", "texts") if name in inputs}
         outputs = model(**inputs)
-        student = {name: getattr(outputs, name).float() for name in self.loss.outputs}
-        student = {
-            name: value.reshape(*targets.shape[:2], *value.shape[1:]) for name, value in student.items()
-        }  # [N] -> [B, C]
-        parts = self.loss.of(student, targets)
+        parts = self.loss.of({name: self._columns_of(outputs, name, batch) for name in self.loss.outputs}, batch)
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
+            finite = all(bool(torch.isfinite(value).all()) for value in batch.values())
             raise FloatingPointError(
                 f"DistillationTrainer: at step {self.state.global_step} the loss is "
                 f"{ {name: value.item() for name, value in parts.items()} }, expected finite numbers (targets finite: "
-                f"{bool(torch.isfinite(targets).all())}). The student's weights would become NaN. The last checkpoint in "
+                f"{finite}). The student's weights would become NaN. The last checkpoint in "
                 f"{self.args.output_dir} is from before; lower the learning rate, or check the targets."
             )
         if model.training:
@@ -200,6 +221,18 @@ class DistillationTrainer(Trainer):
             self._add({f"loss_{name}": value.detach() for name, value in parts.items()})
             self._add({"padding": 1 - mask.sum() / mask.numel()})
         return (loss, outputs) if return_outputs else loss
+
+    def _columns_of(self, outputs: Any, name: str, batch: dict[str, Tensor]) -> Tensor:
+        """Return a field of the student's output as [B, C, ...]; inherited columns are the teacher's."""
+        value = getattr(outputs, name).float()
+        value = value.reshape(len(batch["texts"]), len(self.read), *value.shape[1:])  # [N] -> [B, columns that are read]
+        if not self.inherited:
+            return value
+        known = batch["targets"].to(value)
+        if name == "embedding" and self.student.settings["normalize"]:
+            known = nn.functional.normalize(known, dim=-1)
+        own = iter(value.unbind(1))
+        return torch.stack([known[:, i] if c in self.inherited else next(own) for i, c in enumerate(self.columns)], dim=1)
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -379,10 +412,40 @@ def _first(dataset: Any) -> Any:
     return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
 
 
-def _require_same_width(student: StudentModel, teacher: Teacher) -> None:
-    if teacher.dim != student.dim:
+def _require_columns(columns: list[str], inherited: Sequence[str]) -> list[str]:
+    wrong = [name for name in inherited if name not in columns[1:]]
+    if columns and wrong:
+        raise ValueError(
+            f"DistillationTrainer: the inherited columns are {list(inherited)}, expected some of {columns[1:]}, those after "
+            "the first. The student has to read the queries, and a name that is no column would be read after all."
+        )
+    return list(inherited)
+
+
+def _require_teachers(
+    student: StudentModel, loss: DistillationLoss, teacher: Teacher | None, reranker: Teacher | None, inherited: Sequence[str]
+) -> None:
+    given = {"targets": teacher, "scores": reranker}
+    needed = [*loss.needs, *(["targets"] if inherited else [])]
+    missing = sorted({name for name in needed if given[name] is None})
+    if missing:
+        raise ValueError(
+            f"DistillationTrainer: {type(loss).__name__} (inherited columns: {list(inherited)}) needs {missing}, and there is no "
+            "teacher for that, expected teacher=... for targets, its vectors, and reranker=... for scores."
+        )
+    if reranker is not None and "scores" not in loss.needs:
+        raise ValueError(
+            f"DistillationTrainer: there is a reranker, but {type(loss).__name__} uses no scores. It would be paid for and not "
+            "heard. Use ScoreDistillation(reranker=True), or leave it out."
+        )
+    if "targets" in needed and teacher.dim != student.dim:
         raise ValueError(
             f"DistillationTrainer: the student gives {student.dim} dimensions, the teacher {teacher.name} {teacher.dim}, "
             f"expected as many. Make the student with projection_dim={teacher.dim}, or reduce the teacher: "
             f"cache.project(PCAProjection.fit(cache, dim={student.dim}))."
+        )
+    if inherited and set(loss.outputs) - {"embedding", "projected"}:
+        raise ValueError(
+            f"DistillationTrainer: {type(loss).__name__} looks at {list(loss.outputs)}, but the columns {list(inherited)} are "
+            "inherited, expected embeddings. A teacher's vector has no token states. Let the student read them."
         )

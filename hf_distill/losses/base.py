@@ -18,11 +18,13 @@ class DistillationLoss(ABC):
     output: Which field of the student's output it compares: "embedding" (what is deployed), "projected" (the same before
         normalisation) or "last_hidden_state".
     parts: Names of what it returns, known before the first batch.
+    needs: What it needs of the batch beside the student's outputs: "targets" (a teacher's vectors) or "scores" (a reranker's).
     paper: Where the formula comes from.
     """
 
     output: str = "embedding"
     parts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("targets",)
     paper: str = ""
 
     @property
@@ -34,16 +36,15 @@ class DistillationLoss(ABC):
         """Return its name and settings, as plain JSON."""
         return {"name": type(self).__name__, **vars(self)}
 
-    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the named parts for a student's outputs.
+    def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named parts for a student's outputs; what a loss needs of the batch, it takes here.
 
         Args:
             outputs: Name of an output field -> [B, C, ...], with gradient.
-            teacher: [B, C, D].
-            scores: [B, C - 1], a reranker's scores of the first column with each of the others, where there are any; for
-                the losses that compare scores.
+            batch: "targets" [B, C, D], the teacher's vectors; "scores" [B, C - 1], a reranker's of the first column with each
+                of the others; "texts" [B, C], a number for each distinct text. What a run has no teacher for is not there.
         """
-        return self(outputs[self.output], teacher)
+        return self(outputs[self.output], batch["targets"])
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -108,15 +109,20 @@ class WeightedLoss(DistillationLoss):
         """Those of all losses."""
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.outputs))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What all losses need."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.needs))
+
     def facts(self) -> dict[str, Any]:
         """Return the weights and what the losses are."""
         return {"name": "WeightedLoss", "weights": self.weights, "losses": [loss.facts() for loss in self.losses]}
 
-    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
+    def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weighted parts of every loss."""
-        found = {name: value for loss in self.losses for name, value in loss.of(outputs, teacher, scores).items()}
+        found = {name: value for loss in self.losses for name, value in loss.of(outputs, batch).items()}
         return {name: self.weights.get(name, 1.0) * value for name, value in found.items()}
 
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return the weighted parts where every loss looks at the same output."""
-        return self.of(dict.fromkeys(self.outputs, student), teacher)
+        return self.of(dict.fromkeys(self.outputs, student), {"targets": teacher})

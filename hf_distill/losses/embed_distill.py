@@ -82,9 +82,9 @@ class ScoreDistillation(DistillationLoss):
     Args:
         form: "softmax", or "margin_mse": squared difference of the margins between the first document and the others.
         temperature: What the student's cosines are divided by, and the teacher's, where they come from its vectors.
-        score_temperature: What scores from a `CrossEncoderTeacher` are divided by.
-        in_batch: Whether a query's list holds the documents of the other rows, too; "softmax" only, and not with scores that
-            are given.
+        in_batch: Whether a query's list holds the documents of the other rows, too; "softmax" only, not with a reranker.
+        reranker: Whether the scores are those of the trainer's reranker, in place of the teacher's cosines.
+        score_temperature: What a reranker's scores are divided by.
 
     Raises:
         ValueError: If there is no such form, or a temperature is not positive.
@@ -100,25 +100,38 @@ class ScoreDistillation(DistillationLoss):
     paper = "2301.12005"
 
     def __init__(
-        self, form: str = "softmax", temperature: float = 0.05, score_temperature: float = 1.0, in_batch: bool = False
+        self,
+        form: str = "softmax",
+        temperature: float = 0.05,
+        in_batch: bool = False,
+        reranker: bool = False,
+        score_temperature: float = 1.0,
     ) -> None:
-        if form not in FORMS or min(temperature, score_temperature) <= 0 or (in_batch and form == "margin_mse"):
+        wide = in_batch and (form == "margin_mse" or reranker)
+        if form not in FORMS or min(temperature, score_temperature) <= 0 or wide:
             raise ValueError(
                 f"ScoreDistillation: form is {form!r}, temperatures are {temperature} and {score_temperature}, in_batch is "
-                f"{in_batch}, expected one of {FORMS}, positive temperatures, and in_batch with softmax only."
+                f"{in_batch}, reranker {reranker}, expected one of {FORMS}, positive temperatures, and in_batch with softmax "
+                "over a teacher's vectors only."
             )
-        self.form, self.temperature, self.score_temperature, self.in_batch = form, temperature, score_temperature, in_batch
+        self.form, self.temperature, self.in_batch = form, temperature, in_batch
+        self.reranker, self.score_temperature = reranker, score_temperature
 
-    def of(self, outputs: Mapping[str, Tensor], teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the part, against the scores if there are any."""
-        return self(outputs[self.output], teacher, scores)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """A reranker's scores, or a teacher's vectors to make some from."""
+        return ("scores",) if self.reranker else ("targets",)
 
-    def __call__(self, student: Tensor, teacher: Tensor, scores: Tensor | None = None) -> dict[str, Tensor]:
+    def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the part, against whatever teacher it was made for."""
+        return self(outputs[self.output], batch.get("targets"), batch["scores"] if self.reranker else None)
+
+    def __call__(self, student: Tensor, teacher: Tensor | None = None, scores: Tensor | None = None) -> dict[str, Tensor]:
         """Return {"score": scalar >= 0}.
 
         Args:
             student: [B, C, D], with gradient; column 0 holds the queries, C - 1 >= 2 documents (or in_batch).
-            teacher: [B, C, D].
+            teacher: [B, C, D]; not needed with scores.
             scores: [B, C - 1], a teacher's scores of the query with each of its documents, in place of its cosines.
 
         Raises:
@@ -148,7 +161,7 @@ class ContrastiveLoss(DistillationLoss):
 
     Source: the label loss of EmbedDistill, Kim et al. 2023, https://huggingface.co/papers/2301.12005; in-batch negatives as in
     Karpukhin et al. 2020, https://huggingface.co/papers/2004.04906.
-    A document that stands in the batch again (two queries may share one) is no negative: it is found by its teacher vector.
+    A document that stands in the batch again (two queries may share one) is no negative.
 
     The negatives are those of one batch on one device.
 
@@ -158,11 +171,12 @@ class ContrastiveLoss(DistillationLoss):
     Example:
         >>> import torch
         >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-        >>> ContrastiveLoss(temperature=1.0)(rows, rows)  # log(1 + exp(-1))
+        >>> ContrastiveLoss(temperature=1.0)(rows, torch.tensor([[0, 1, 2]]))  # log(1 + exp(-1))
         {'label': tensor(0.3133)}
     """
 
     parts = ("label",)
+    needs = ()
     paper = "2301.12005"
 
     def __init__(self, temperature: float = 0.05) -> None:
@@ -170,17 +184,20 @@ class ContrastiveLoss(DistillationLoss):
             raise ValueError(f"ContrastiveLoss: temperature is {temperature}, expected a positive number.")
         self.temperature = temperature
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the part; of the batch it needs which texts are the same."""
+        return self(outputs[self.output], batch["texts"])
+
+    def __call__(self, student: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Return {"label": scalar >= 0}.
 
         Args:
             student: [B, C, D], with gradient; column 0 holds the queries, column 1 their positive documents.
-            teacher: [B, C, D].
+            texts: [B, C], a number for each distinct text.
 
         Raises:
             ValueError: If the batch has one document only: there would be nothing to tell it from.
         """
-        teacher = self._same_shape(student, teacher)
         rows, columns = student.shape[:2]
         if rows * (columns - 1) < 2:
             raise ValueError(
@@ -188,11 +205,10 @@ class ContrastiveLoss(DistillationLoss):
                 "without a negative teaches nothing. Use larger batches, or rows with a negative."
             )
         scores = _scores(student, in_batch=True) / self.temperature  # [B, B * (C - 1)]
-        documents = teacher[:, 1:].flatten(0, 1)
         positive = torch.arange(rows, device=student.device) * (columns - 1)
-        same = (documents[positive].unsqueeze(1) == documents).all(-1)
-        same[torch.arange(rows), positive] = False
-        return {"label": nn.functional.cross_entropy(scores.masked_fill(same, -torch.inf), positive)}
+        again = texts[:, 1:2] == texts[:, 1:].reshape(1, -1)
+        again[torch.arange(rows), positive] = False
+        return {"label": nn.functional.cross_entropy(scores.masked_fill(again, -torch.inf), positive)}
 
 
 def _scores(vectors: Tensor, in_batch: bool) -> Tensor:

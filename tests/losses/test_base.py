@@ -23,9 +23,9 @@ def test_weighted_sum_on_the_output_that_each_part_asks_for():
     loss = WeightedLoss([HPDLoss(), Length()], {"length": 0.1})
     assert loss.parts == ("mse", "length")
     assert loss.outputs == ("projected", "embedding")
-    found = loss.of(OUTPUTS, TEACHER)
+    found = loss.of(OUTPUTS, {"targets": TEACHER})
     assert {name: value.item() for name, value in found.items()} == pytest.approx({"mse": 2.5, "length": 0.1 * 3})
-    assert HPDLoss().of(OUTPUTS, TEACHER)["mse"].item() == 2.5
+    assert HPDLoss().of(OUTPUTS, {"targets": TEACHER})["mse"].item() == 2.5
 
 
 def test_facts_name_everything_that_a_resumed_run_must_share():

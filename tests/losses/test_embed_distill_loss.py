@@ -16,7 +16,7 @@ LOSSES = [
 
 
 def name(loss):
-    return " ".join(map(str, [type(loss).__name__, *vars(loss).values()]))
+    return "label_loss" if loss is label_loss else " ".join(map(str, [type(loss).__name__, *vars(loss).values()]))
 
 
 def rows(count=4, columns=3, dim=6, seed=0):
@@ -61,13 +61,21 @@ def test_a_student_that_is_its_teacher_loses_nothing_and_another_does(loss):
     assert all(value.item() > 0.01 for value in loss(vectors, rows(seed=1)).values())
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, ContrastiveLoss()], ids=name)
+def label_loss(student, teacher):
+    return ContrastiveLoss()(student, different(*student.shape[:2]))
+
+
+def different(count, columns):
+    return torch.arange(count * columns).reshape(count, columns)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, label_loss], ids=name)
 def test_gradient_is_that_of_finite_differences(loss):
     student, teacher = rows(3, 3, 4).double().requires_grad_(), rows(3, 3, 4, seed=1)
     assert torch.autograd.gradcheck(lambda s: torch.stack(list(loss(s, teacher).values())).sum(), student)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, ContrastiveLoss()], ids=name)
+@pytest.mark.parametrize("loss", [*LOSSES, label_loss], ids=name)
 def test_default_parts_are_of_one_order_for_a_student_that_knows_nothing(loss):
     student, teacher = (functional.normalize(rows(32, 3, 64, seed), dim=-1) for seed in (0, 1))
     assert all(0.3 < value.item() < 8 for value in loss(student, teacher).values())
@@ -91,7 +99,7 @@ def test_margins_are_those_to_the_first_document():
     expected = [
         (cosines[i, 0] - cosines[i, j] - (scores[i, 0] - scores[i, j]) / 2).item() ** 2 for i in range(2) for j in (1, 2)
     ]
-    loss = ScoreDistillation("margin_mse", score_temperature=2.0)
+    loss = ScoreDistillation("margin_mse", reranker=True, score_temperature=2.0)
     assert loss(student, student, scores)["score"].item() == pytest.approx(0.05 * sum(expected) / 4, rel=1e-5)
 
 
@@ -108,10 +116,12 @@ def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(form):
 def test_given_scores_win_over_the_teachers_vectors_and_reach_the_loss_through_a_sum():
     student, scores = rows(), rows(columns=2, dim=1, seed=2)[..., 0]
     alone = ScoreDistillation()(student, rows(seed=1), scores)
-    summed = WeightedLoss([ScoreDistillation(), ContrastiveLoss()], {"score": 2.0})
-    parts = summed.of({"embedding": student}, rows(seed=5), scores)
+    summed = WeightedLoss([ScoreDistillation(reranker=True), ContrastiveLoss()], {"score": 2.0})
+    assert summed.needs == ("scores",)
+    parts = summed.of({"embedding": student}, {"scores": scores, "texts": different(4, 3)})
     assert parts["score"].item() == pytest.approx(2 * alone["score"].item(), rel=1e-6)
-    assert summed.of({"embedding": student}, rows(seed=5))["score"].item() != pytest.approx(parts["score"].item(), rel=1e-3)
+    assert parts["label"].item() == pytest.approx(label_loss(student, None)["label"].item())
+    assert WeightedLoss([ScoreDistillation(), ContrastiveLoss()]).needs == ("targets",)
 
 
 def test_list_of_a_query_in_batch_is_all_documents():
@@ -128,17 +138,16 @@ def test_label_loss_is_the_cross_entropy_over_all_documents_of_the_batch():
     for i in range(3):
         cosines = [functional.cosine_similarity(student[i, 0], student[j, c], dim=0).item() / 0.05 for j, c in documents]
         total -= cosines[documents.index((i, 1))] - math.log(sum(map(math.exp, cosines)))
-    assert ContrastiveLoss()(student, rows(3, 3, seed=1))["label"].item() == pytest.approx(total / 3, rel=1e-5)
+    assert label_loss(student, None)["label"].item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_a_document_that_two_queries_share_is_no_negative():
-    student, teacher = rows(3, 2), rows(3, 2, seed=1)
-    teacher[2, 1] = teacher[0, 1]  # rows 0 and 2 have one positive
+    student, texts = rows(3, 2), torch.tensor([[0, 1], [2, 3], [4, 1]])
     total = 0.0
     for i, others in ((0, [1]), (1, [0, 2]), (2, [1])):
         cosines = [functional.cosine_similarity(student[i, 0], student[j, 1], dim=0).item() / 0.05 for j in [i, *others]]
         total -= cosines[0] - math.log(sum(map(math.exp, cosines)))
-    assert ContrastiveLoss()(student, teacher)["label"].item() == pytest.approx(total / 3, rel=1e-5)
+    assert ContrastiveLoss()(student, texts)["label"].item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_with_documents_frozen_at_unit_length_scores_differ_by_no_more_than_the_queries():
@@ -158,11 +167,12 @@ def test_with_documents_frozen_at_unit_length_scores_differ_by_no_more_than_the_
         (lambda: EmbeddingMatching("l1"), r"metric is 'l1', expected one of \('l2', 'cosine', 'mse'\)"),
         (lambda: ScoreDistillation("kl"), "form is 'kl'"),
         (lambda: ScoreDistillation(temperature=0), "temperatures are 0 and 1.0"),
-        (lambda: ScoreDistillation("margin_mse", in_batch=True), "in_batch with softmax only"),
+        (lambda: ScoreDistillation("margin_mse", in_batch=True), "in_batch with softmax over"),
+        (lambda: ScoreDistillation(in_batch=True, reranker=True), "in_batch is True, reranker True"),
         (lambda: ContrastiveLoss(-1), "temperature is -1"),
         (lambda: ScoreDistillation()(rows(4, 2), rows(4, 2)), "With one the loss would be zero"),
         (lambda: ScoreDistillation()(rows(), rows(), rows()[..., 0]), r"the teacher's \(4, 3\), expected equal"),
-        (lambda: ContrastiveLoss()(rows(1, 2), rows(1, 2)), "1 rows of 2 columns, expected two documents"),
+        (lambda: ContrastiveLoss()(rows(1, 2), different(1, 2)), "1 rows of 2 columns, expected two documents"),
         (lambda: EmbeddingMatching()(rows(), rows(columns=1)), r"EmbeddingMatching: student is \(4, 3, 6\)"),
     ],
 )
