@@ -430,8 +430,8 @@ def _require_teachers(
     missing = sorted({name for name in needed if given[name] is None})
     if missing:
         raise ValueError(
-            f"DistillationTrainer: {type(loss).__name__} (inherited columns: {list(inherited)}) needs {missing}, and there is no "
-            "teacher for that, expected teacher=... for targets, its vectors, and reranker=... for scores."
+            f"DistillationTrainer: {type(loss).__name__} (inherited columns: {list(inherited)}) needs {missing}, and there is "
+            "no teacher for that, expected teacher=... for targets, its vectors, and reranker=... for scores."
         )
     if reranker is not None and "scores" not in loss.needs:
         raise ValueError(
