@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import DistillationTrainingArguments, parse_arguments
     from .cache import TeacherCache
+    from .cross_encoder import CrossEncoderTeacher
     from .losses import DistillationLoss, HPDLoss, WeightedLoss
     from .projection import PCAProjection
     from .student import StudentModel, StudentOutput
-    from .teachers import EncoderTeacher, JointTeacher, ProjectedTeacher, Teacher
+    from .teachers import EncoderTeacher, JointTeacher, ProjectedTeacher, Teacher, TwoTowerTeacher
     from .trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
 # Public name -> its module, imported when first asked for: `import hf_distill` itself costs nothing.
 _HOMES = {
+    "CrossEncoderTeacher": "cross_encoder",
     "DistillationLoss": "losses",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "arguments",
@@ -30,6 +32,7 @@ _HOMES = {
     "StudentOutput": "student",
     "Teacher": "teachers",
     "TeacherCache": "cache",
+    "TwoTowerTeacher": "teachers",
     "WeightedLoss": "losses",
     "parse_arguments": "arguments",
 }

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an index costs and finds: the same vectors in faiss's kinds of index, measured side by side."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .metrics.retrieval_measures import retrieval_measures
+from .report import table
+
+
+try:
+    import faiss
+except ImportError as error:
+    raise ImportError("The index report needs faiss. Install it with: pip install 'hf_distill[retrieval]'") from error
+
+Search = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclass
+class IndexKind:
+    """A kind of index.
+
+    factory: faiss's description of it ("HNSW32"); {lists} stands for 4 sqrt(N) inverted lists, {bytes} for D / 4 bytes of
+    product quantisation. settings: What is set on it before it searches. rescored: How many times k candidates are scored
+    again, for an index of sign bits.
+    """
+
+    factory: str
+    settings: Mapping[str, int] | None = None
+    rescored: int = 0
+
+
+KINDS = {
+    "flat": IndexKind("Flat"),
+    "int8": IndexKind("SQ8"),
+    "IVF": IndexKind("IVF{lists},Flat", {"nprobe": 16}),
+    "HNSW": IndexKind("HNSW32,Flat", {"efSearch": 64}),
+    "PQ": IndexKind("PQ{bytes}x8"),
+    "binary, rescored": IndexKind("BFlat", rescored=10),
+}
+
+
+@dataclass
+class Space:
+    """Documents and queries of one encoder at one dimension, scaled to unit length here.
+
+    documents: [N, D]. queries: [Q, D]. kinds: Names of KINDS to build.
+    """
+
+    documents: Any
+    queries: Any
+    kinds: Sequence[str] = tuple(KINDS)
+
+    def __post_init__(self) -> None:
+        self.documents, self.queries = _unit(self.documents), _unit(self.queries)
+
+
+def index_report(
+    spaces: Mapping[str, Space], relevant: Sequence[Sequence[int]], k: int = 10, rounds: int = 5, single: int = 200
+) -> dict[str, dict[str, float]]:
+    """Return a row for each index of each space; the first space's flat index is what the others are compared with.
+
+    All indexes are built first and then timed in turn, round by round, in this process, so that a busy machine slows all of
+    them. Ratios are medians over rounds.
+
+    Args:
+        spaces: Name -> `Space`; documents and queries are the same texts in each. The first, the teacher's, must have "flat".
+        relevant: For each query the rows of the documents that answer it.
+        k: How many documents are asked for.
+        rounds: How often everything is timed.
+        single: How many queries are asked one by one in a round.
+
+    Returns:
+        Name -> dim, MB per million vectors (of the index as faiss writes it, without what it takes for none), build_s,
+        overlap (share of the first index's k documents, times 100), recall and ndcg (against `relevant`, times 100), p50_ms
+        and p95_ms of one query, single_qps (one thread), batch_qps (all threads), and how many times smaller, and faster with
+        single and batched queries, than the first.
+
+    Raises:
+        ValueError: If the spaces hold other numbers of texts: rows would be other documents.
+    """
+    counts = {(len(space.documents), len(space.queries)) for space in spaces.values()}
+    first = next(iter(spaces))
+    if len(counts) != 1 or counts.pop()[1] != len(relevant) or spaces[first].kinds[0] != "flat":
+        sizes = {name: (len(space.documents), len(space.queries)) for name, space in spaces.items()}
+        raise ValueError(
+            f"index_report: documents and queries of the spaces are {sizes}, judged queries {len(relevant)}, expected the same "
+            "texts in each, and a flat index first. Rows would be compared with other documents."
+        )
+    rows: dict[str, dict[str, float]] = {}
+    searches: dict[str, tuple[Search, np.ndarray]] = {}
+    exact = None
+    for space_name, space in spaces.items():
+        for kind in space.kinds:
+            name = f"{space_name}, {kind}"
+            started = time.perf_counter()
+            search, size = _build(space.documents, KINDS[kind])
+            built = time.perf_counter() - started
+            found = search(space.queries, k)
+            exact = found if exact is None else exact
+            rows[name] = {"dim": space.documents.shape[1], "mb_per_million": size / len(space.documents), "build_s": built}
+            rows[name] |= _quality(found, exact, relevant, k)
+            searches[name] = (search, space.queries)
+    for name, seconds in _timings(searches, k, rounds, single).items():
+        rows[name] |= seconds
+    reference = next(iter(rows.values()))["mb_per_million"]
+    for row in rows.values():
+        row["times_smaller"] = reference / row["mb_per_million"]
+    return rows
+
+
+def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
+    """Return a search, and the bytes that its index takes."""
+    count, dim = documents.shape
+    description = kind.factory.format(lists=max(1, min(int(4 * count**0.5), count // 39)), bytes=max(1, dim // 4))
+    if kind.rescored:
+        binary = faiss.index_binary_factory(dim, description)
+        bits = np.packbits(documents > 0, axis=1)
+        binary.add(bits)
+
+        def search(queries: np.ndarray, k: int) -> np.ndarray:
+            _, candidates = binary.search(np.packbits(queries > 0, axis=1), min(kind.rescored * k, count))
+            # The query keeps its floats, a document is its signs: nothing but the bits need be in memory.
+            signs = np.unpackbits(bits[candidates], axis=-1, count=dim).astype(np.float32) * 2 - 1
+            scores = np.einsum("qcd,qd->qc", signs, queries)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            return np.take_along_axis(candidates, best, axis=1)
+
+        return search, bits.nbytes
+    index = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
+    index.train(documents)
+    index.add(documents)
+    for setting, value in (kind.settings or {}).items():
+        faiss.ParameterSpace().set_index_parameter(index, setting, value)
+    return (lambda queries, k: index.search(queries, k)[1]), len(faiss.serialize_index(index))
+
+
+def _quality(found: np.ndarray, exact: np.ndarray, relevant: Sequence[Sequence[int]], k: int) -> dict[str, float]:
+    overlap = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]
+    run = {
+        str(query): {str(row): float(-rank) for rank, row in enumerate(rows) if row >= 0}
+        for query, rows in enumerate(found.tolist())
+    }
+    judged = {str(query): {str(row): 1 for row in rows} for query, rows in enumerate(relevant)}
+    scores = retrieval_measures(run, judged, {"recall": f"R@{k}", "ndcg": f"nDCG@{k}"})
+    return {"overlap": 100 * float(np.mean(overlap)), **scores}
+
+
+def _timings(
+    searches: Mapping[str, tuple[Search, np.ndarray]], k: int, rounds: int, single: int
+) -> dict[str, dict[str, float]]:
+    one: dict[str, list[list[float]]] = {name: [] for name in searches}
+    batch: dict[str, list[float]] = {name: [] for name in searches}
+    threads = faiss.omp_get_max_threads()
+    for _ in range(rounds):
+        for name, (search, queries) in searches.items():
+            faiss.omp_set_num_threads(1)  # one query is one thread's work: others wait in line
+            seconds = []
+            for row in range(min(single, len(queries))):
+                started = time.perf_counter()
+                search(queries[row : row + 1], k)
+                seconds.append(time.perf_counter() - started)
+            one[name].append(seconds)
+            faiss.omp_set_num_threads(threads)
+            started = time.perf_counter()
+            search(queries, k)
+            batch[name].append((time.perf_counter() - started) / len(queries))
+    first = next(iter(searches))
+    rows = {}
+    for name in searches:
+        seconds = [value for values in one[name] for value in values]
+        rows[name] = {
+            "p50_ms": 1000 * statistics.median(seconds),
+            "p95_ms": 1000 * float(np.quantile(seconds, 0.95)),
+            "single_qps": len(seconds) / sum(seconds),
+            "batch_qps": 1 / statistics.median(batch[name]),
+            "times_faster": statistics.median(sum(a) / sum(b) for a, b in zip(one[first], one[name], strict=True)),
+            "times_faster_batch": statistics.median(a / b for a, b in zip(batch[first], batch[name], strict=True)),
+        }
+    return rows
+
+
+def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the report as a table with short headings."""
+    short = {
+        "dim": "dim",
+        "mb_per_million": "MB per million",
+        "times_smaller": "× smaller",
+        "recall": "recall@10",
+        "ndcg": "nDCG@10",
+        "overlap": "same 10",
+        "p50_ms": "p50 ms",
+        "p95_ms": "p95 ms",
+        "times_faster": "× faster",
+        "batch_qps": "queries/s, batch",
+        "times_faster_batch": "× faster, batch",
+        "build_s": "build s",
+    }
+    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()})
+
+
+def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw quality over memory and over the latency of one query, a colour a space."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
+        spaces = list(dict.fromkeys(name.split(", ")[0] for name in rows))
+        for name, row in rows.items():
+            space, kind = name.split(", ", 1)
+            axes.plot(row[key], row["recall"], "o", color=f"C{spaces.index(space)}", label=space if kind == "flat" else None)
+            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, 3), fontsize="x-small")
+        axes.set(xscale="log", xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="recall@10 × 100")
+    panels[1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _unit(vectors: Any) -> np.ndarray:
+    vectors = np.ascontiguousarray(torch.as_tensor(vectors).float().numpy())
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
