@@ -19,6 +19,7 @@ from hf_distill.data import (
     text_columns,
     tokenize,
 )
+from hf_distill.teachers import Teacher
 
 
 # Ids of make_tokenizer: <pad> 0, <s> 1, </s> 2, <unk> 3; a 5, cat 6, dog 7, sat 8.
@@ -199,7 +200,8 @@ def test_long_texts_are_cut():
     assert found["length"][:] == [4, 4]
 
 
-class ListedTeacher:
+class ListedTeacher(Teacher):
+    dim = 2
     vectors = {"a cat": [1.0, 2.0], "dog": [3.0, 4.0], "a dog sat": [5.0, 6.0], "a whale": [7.0, 8.0]}
 
     def encode(self, texts):
@@ -214,6 +216,7 @@ def test_a_batch_holds_all_columns_row_by_row_with_their_targets():
         "input_ids": [[1, 5, 6, 2, 0], [1, 5, 7, 8, 2], [1, 7, 2, 0, 0], [1, 5, 3, 2, 0]],
         "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
         "targets": [[[1, 2], [5, 6]], [[3, 4], [7, 8]]],
+        "texts": [[0, 1], [2, 3]],
     }
 
 

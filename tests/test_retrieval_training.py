@@ -111,7 +111,7 @@ def test_inherited_columns_are_the_teachers_vectors_and_the_student_never_reads_
         if column in inherited:
             expected = functional.normalize(everything.encode(rows[column][:4]), dim=-1)
         else:
-            expected = trainer.model.encode(rows[column][:4])
+            expected = torch.as_tensor(trainer.model.encode(rows[column][:4]))
         assert torch.allclose(loss.seen[:, i], expected, atol=1e-5), column
     gradient = torch.autograd.grad(loss.seen[:, 1:].sum(), trainer.model.projection.weight, allow_unused=True)[0]
     assert (gradient is None or not gradient.any()) == (inherited == DOCUMENTS)
