@@ -8,11 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data import load_texts
-from .metrics.retrieval_measures import retrieval_measures
+
+
+try:
+    from .metrics.retrieval_measures import retrieval_measures
+except ImportError as error:
+    raise ImportError(f"Retrieval scores need {error.name}. Install it with: pip install 'hf_distill[retrieval]'") from error
 
 
 Encode = Callable[[list[str]], Any]
@@ -54,13 +60,14 @@ class RetrievalData:
             )
 
     @classmethod
-    def load(cls, source: str | Path, split: str = "test") -> "RetrievalData":
+    def load(cls, source: str | Path, split: str = "test", documents: dict[str, str] | None = None) -> "RetrievalData":
         """Read a set in BEIR's layout.
 
         Args:
             source: Folder with corpus.jsonl, queries.jsonl (`_id`, `title`, `text`; gz too) and qrels/<split>.tsv (`query-id`,
                 `corpus-id`, `score`), or a Hub id that has them as configurations corpus, queries and default ("mteb/scifact").
             split: Which judgements.
+            documents: The collection, if it is there already from another split.
 
         Raises:
             FileNotFoundError: If a part is missing.
@@ -68,11 +75,14 @@ class RetrievalData:
         """
         if Path(source).is_dir():
             folder = Path(source)
-            corpus, queries = (load_texts(_file(folder, f"{part}.jsonl")) for part in ("corpus", "queries"))
             qrels = load_texts(_file(folder, f"qrels/{split}.tsv"))
+            parts = {part: _file(folder, f"{part}.jsonl") for part in ("corpus", "queries")}
+            queries = _texts(load_texts(parts["queries"]), "queries", source)
+            documents = documents or _texts(load_texts(parts["corpus"]), "corpus", source)
         else:
-            corpus, queries = (load_texts(source, part, part) for part in ("corpus", "queries"))
             qrels = load_texts(source, "default", split)
+            queries = _texts(load_texts(source, "queries", "queries"), "queries", source)
+            documents = documents or _texts(load_texts(source, "corpus", "corpus"), "corpus", source)
         relevant: dict[str, dict[str, int]] = {}
         for row in qrels:
             query, document, relevance = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
@@ -81,19 +91,42 @@ class RetrievalData:
                     f"RetrievalData: {source} judges document {document} for query {query} twice, and differently, expected "
                     "one judgement. Either could count. Remove one."
                 )
-        texts = []
-        for name, rows in (("corpus", corpus), ("queries", queries)):
-            ids = list(map(str, rows["_id"]))
-            twice = [key for key, number in Counter(ids).items() if number > 1]
-            if twice:
-                raise ValueError(
-                    f"RetrievalData: {name} of {source} has {len(twice)} ids that stand there twice ({', '.join(twice[:5])}), "
-                    "expected one row each. A judgement would belong to either. Remove one."
-                )
-            titles = rows["title"] if "title" in rows.column_names else [None] * len(ids)
-            parts = zip(ids, titles, rows["text"], strict=True)
-            texts.append({key: f"{title or ''} {text or ''}".strip() for key, title, text in parts})
-        return cls(*texts, relevant)
+        return cls(documents, queries, relevant)
+
+    def split(self, count: int, seed: int) -> tuple["RetrievalData", "RetrievalData"]:
+        """Return (the other queries, `count` random ones), over the same documents.
+
+        Raises:
+            ValueError: If there are not more queries than that.
+        """
+        if not 0 < count < len(self.queries):
+            raise ValueError(
+                f"RetrievalData: {count} of {len(self.queries)} queries to split off, expected fewer, and one or more."
+            )
+        ids = sorted(self.queries)
+        held = set(np.random.default_rng(seed).permutation(ids)[:count].tolist())
+        sides = ({key: row for key, row in self.relevant.items() if (key in held) == side} for side in (False, True))
+        rest, held_out = (RetrievalData(self.documents, self.queries, relevant) for relevant in sides)
+        return rest, held_out
+
+    def rows_of(self) -> tuple[list[str], list[list[int]]]:
+        """Return the query texts, and for each the rows of its relevant documents, counted from 0."""
+        row = {key: i for i, key in enumerate(self.documents)}
+        answers = [[row[key] for key, score in self.relevant[query].items() if score > 0] for query in self.queries]
+        return list(self.queries.values()), answers
+
+
+def _texts(rows: Any, name: str, source: str | Path) -> dict[str, str]:
+    ids = list(map(str, rows["_id"]))
+    twice = [key for key, number in Counter(ids).items() if number > 1]
+    if twice:
+        raise ValueError(
+            f"RetrievalData: {name} of {source} has {len(twice)} ids that stand there twice ({', '.join(twice[:5])}), "
+            "expected one row each. A judgement would belong to either. Remove one."
+        )
+    titles = rows["title"] if "title" in rows.column_names else [None] * len(ids)
+    parts = zip(ids, titles, rows["text"], strict=True)
+    return {key: f"{title or ''} {text or ''}".strip() for key, title, text in parts}
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -136,6 +169,7 @@ class RetrievalEvaluator:
         data: The set.
         documents: [N, D] vectors of its documents, in order, where they exist already: only queries are encoded then.
         dims: Also search with the first so many dimensions (nDCG@10 only), as `retrieval_ndcg10@64`.
+        name: What the scores begin with.
         chunk: Documents that are encoded and searched at a time.
 
     Raises:
@@ -143,7 +177,12 @@ class RetrievalEvaluator:
     """
 
     def __init__(
-        self, data: RetrievalData, documents: Tensor | None = None, dims: Sequence[int] = (), chunk: int = 4096
+        self,
+        data: RetrievalData,
+        documents: Tensor | None = None,
+        dims: Sequence[int] = (),
+        name: str = "retrieval",
+        chunk: int = 4096,
     ) -> None:
         if documents is not None and (len(documents) != len(data.documents) or not torch.isfinite(documents).all()):
             raise ValueError(
@@ -151,14 +190,14 @@ class RetrievalEvaluator:
                 f"{len(data.documents)} documents, expected a finite one for each, in order. Documents would be found by the "
                 "vectors of others."
             )
-        self.data, self.documents, self.dims, self.chunk = data, documents, dims, chunk
+        self.data, self.documents, self.dims, self.name, self.chunk = data, documents, dims, name, chunk
 
     def texts(self) -> list[str]:
         """Return every text of the set: what the leak check compares with."""
         return [*self.data.documents.values(), *self.data.queries.values()]
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return the measures as {"retrieval_ndcg10": ..., ...}.
+        """Return the measures as {"<name>_ndcg10": ..., ...}.
 
         Args:
             encode: texts -> [N, D]; or an object whose `encode_query` and `encode_document` are such functions.
@@ -178,10 +217,10 @@ class RetrievalEvaluator:
                 )
             for width, search in zip(widths, searches, strict=True):
                 search.add(_unit(block[:, :width]))
-        scores = {f"retrieval_{name}": value for name, value in self._measure(searches[0]).items()}
+        scores = {f"{self.name}_{measure}": value for measure, value in self._measure(searches[0]).items()}
         for dim in self.dims:
             if dim in widths:
-                scores[f"retrieval_ndcg10@{dim}"] = self._measure(searches[widths.index(dim)])["ndcg10"]
+                scores[f"{self.name}_ndcg10@{dim}"] = self._measure(searches[widths.index(dim)])["ndcg10"]
         return scores
 
     def _blocks(self, encode: Encode) -> Iterator[Tensor]:
