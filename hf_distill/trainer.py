@@ -82,6 +82,7 @@ class DistillationTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         self.teacher, self.loss, self.evaluators, self.reranker = teacher, loss, list(evaluators), reranker
+        self.resumed_at = 0  # the step that the last call of train() began with
         first = model if model is not None else _first_model(trainer_options["model_init"])
         student = student_of(first)
         _require_teachers(student, loss, teacher, reranker, inherited_columns)
@@ -175,9 +176,12 @@ class DistillationTrainer(Trainer):
             FloatingPointError: If the loss is not finite; the last checkpoint stays.
         """
         folder = Path(self.args.output_dir)
+        self.resumed_at = 0
         if resume_from_checkpoint:
             found = get_last_checkpoint(str(folder)) if resume_from_checkpoint is True else resume_from_checkpoint
             _require_same_run(Path(found or folder), self.run_facts)
+            state = Path(found or folder) / "trainer_state.json"
+            self.resumed_at = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
         elif any(folder.glob("checkpoint-*")):
             raise ValueError(
                 f"DistillationTrainer: {folder} holds checkpoints of an earlier run, expected a new folder. They would be "

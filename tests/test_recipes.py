@@ -272,8 +272,13 @@ hpd.main(sys.argv[1:])
     assert again.returncode == 0, again.stderr
     one, two = (StudentModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
     assert all((one[key] == two[key]).all() for key in one)
-    histories = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("whole", "killed")]
-    assert histories[0] == histories[1]
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["rows"] == results[1]["rows"]
+    # A time that leaves out what the killed process took must not pass for that of the whole training.
+    assert [list(result["timings_s"]) for result in results] == [
+        ["caching", "evaluation", "training"],
+        ["caching", "evaluation", "training since step 20"],
+    ]
 
 
 def test_readme_block_runs_as_it_stands(backbone_folder, teacher_folder, tmp_path, monkeypatch):

@@ -73,6 +73,9 @@ class RunReport:
         args, folder = trainer.args, Path(trainer.args.output_dir)
         if not trainer.is_world_process_zero():
             return ""
+        if trainer.resumed_at:  # what came before, another process timed
+            since = f"training since step {trainer.resumed_at}"
+            self.timings_s = {since if name == "training" else name: value for name, value in self.timings_s.items()}
         results = {
             "recipe": self.recipe,
             "paper": self.paper,

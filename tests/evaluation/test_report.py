@@ -314,6 +314,7 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
         ),
         is_world_process_zero=lambda: True,
         run_facts={"teacher": "the teacher"},
+        resumed_at=0,
         state=SimpleNamespace(global_step=10, epoch=0.98765, log_history=RESULTS["log_history"]),
         create_model_card=lambda: cards.append(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))),
     )
