@@ -200,6 +200,43 @@ class RecipeArguments:
         return {key: value for key, value in asdict(self).items() if key not in places}
 
 
+@dataclass
+class RetrievalArguments(RecipeArguments):
+    """What a recipe on queries and documents asks for beside."""
+
+    collection: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id in BEIR's layout; the embedded default if not given."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Judgements to train on."})
+    test_split: str | None = field(default="test", metadata={"help": "Judgements to report; '' for none."})
+    dev_queries: int | None = field(
+        default=None, metadata={"help": "Training queries held out to choose by; a fifth of them if not given."}
+    )
+    split_seed: int = field(default=42, metadata={"help": "Decides which."})
+    query_prompt: str | None = field(
+        default=None, metadata={"help": "Text before every query of the teacher; as it says itself."}
+    )
+    document_prompt: str | None = field(default=None, metadata={"help": "Text before every document of the teacher."})
+    document_embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's vectors of the collection, if they exist: .npy, .safetensors or .faiss, in its order."
+        },
+    )
+    negatives: int = field(default=4, metadata={"help": "Hard negatives a query, found by the teacher."})
+    negative_margin: float = field(
+        default=0.05, metadata={"help": "How much lower than the answer's a negative's cosine is, so that it is no answer."}
+    )
+    spans: int = field(default=0, metadata={"help": "More queries: so many sentences, or runs of words, of each document."})
+    generator: str | None = field(
+        default=None, metadata={"help": "More queries: a model that writes them (doc2query, causal)."}
+    )
+    generator_prompt: str = field(default="{document}", metadata={"help": "What it reads."})
+    generated: int = field(default=1, metadata={"help": "Queries it writes for each document."})
+    reranker: str | None = field(default=None, metadata={"help": "A cross-encoder whose scores are distilled."})
+    reranker_label: str | None = field(default=None, metadata={"help": "Which of its outputs is the score, if it has several."})
+
+
 def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:
     """Return an instance of each dataclass from flags and `--config file.yaml`; flags win over the file.
 

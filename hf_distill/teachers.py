@@ -82,9 +82,9 @@ class ProjectedTeacher(Teacher):
         """That of the teacher, and of the projection."""
         return {**self.teacher.fingerprint, "projection": self.projection.fingerprint}
 
-    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
-        """Return projected targets [N, dim]."""
-        return self.projection(self.teacher.encode(texts, batch_size, show_progress_bar))
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None, **options: Any) -> Tensor:
+        """Return projected targets [N, dim]; options are the teacher's own."""
+        return self.projection(self.teacher.encode(texts, batch_size, show_progress_bar, **options))
 
     def require(self, texts: Iterable[str]) -> None:
         """Raise if the teacher behind lacks a text."""
@@ -104,7 +104,8 @@ class TwoTowerTeacher(Teacher):
     """One teacher for queries, the first column of a row, and another for its documents, in one space.
 
     Two prompts of one model ("query: ", "passage: "), or a model for the queries and an index that exists already for the
-    documents (`TeacherCache.from_embeddings`). As a plain teacher, `encode(texts)`, it encodes queries.
+    documents (`TeacherCache.from_embeddings`). As a plain teacher, `encode(texts)`, it encodes queries; with
+    `prompt_name="document"`, documents.
 
     Args:
         queries: Teacher of the first column.
@@ -130,9 +131,16 @@ class TwoTowerTeacher(Teacher):
         """Those of both sides."""
         return {"queries": self.queries.fingerprint, "documents": self.documents.fingerprint}
 
-    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
-        """Return targets [N, dim] of N queries."""
-        return self.queries.encode(texts, batch_size, show_progress_bar)
+    def encode(
+        self,
+        texts: list[str],
+        batch_size: int = 64,
+        show_progress_bar: bool | None = None,
+        prompt_name: str | None = None,
+    ) -> Tensor:
+        """Return targets [N, dim] of N queries, or of documents by their prompt_name."""
+        side = self.documents if prompt_name == "document" else self.queries
+        return side.encode(texts, batch_size, show_progress_bar)
 
     def require(self, texts: Iterable[str]) -> None:
         """Raise if the teacher of queries lacks one."""

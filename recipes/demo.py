@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default of every recipe: a teacher and texts from published packages, no network."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def fill_in(recipe: Any) -> None:
         recipe.backbone, recipe.backbone_name = teacher_folder(), TEACHER
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
+    if getattr(recipe, "collection", EMBEDDED) is None:
+        recipe.collection, recipe.language = EMBEDDED, recipe.language or "en"
     if recipe.texts is None:
         recipe.texts, recipe.language = [EMBEDDED], recipe.language or "en"
     if recipe.texts_name is None:
@@ -72,17 +75,46 @@ def teacher_folder() -> str:
     return str(get_model_path())
 
 
-def gcide_texts() -> Dataset:
-    """Return the 208 thousand distinct definitions and examples of GCIDE, a dictionary of English, as {"text": ...}."""
+def _gcide_entries() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (headword, a definition with its examples) of GCIDE, a dictionary of English."""
     try:
         from dictionary import Dictionary
     except ImportError as error:
         raise ImportError(INSTALL) from error
-    definitions, examples = {}, {}
-    for _, entry in sorted(Dictionary().entries.items()):
+    for word, entry in sorted(Dictionary().entries.items()):
         for part in entry["pos"]:
-            for definition in part["definitions"]:
-                definitions[definition["text"].strip()] = None
-                examples |= dict.fromkeys(example.strip() for example in definition["examples"])
+            yield from ((word, definition) for definition in part["definitions"])
+
+
+def gcide_texts() -> Dataset:
+    """Return the 208 thousand distinct definitions and examples of GCIDE, as {"text": ...}."""
+    definitions, examples = {}, {}
+    for _, definition in _gcide_entries():
+        definitions[definition["text"].strip()] = None
+        examples |= dict.fromkeys(example.strip() for example in definition["examples"])
     texts = dict.fromkeys([*definitions, *examples])
     return Dataset.from_dict({"text": [text for text in texts if text and text not in IN_STS]})
+
+
+def gcide_collection(test_queries: int = 2000, seed: int = 42) -> tuple[Any, Any]:
+    """Return (training, test) `RetrievalData` of GCIDE: which entry explains a word as a sentence uses it?
+
+    Documents are "headword: definition", 169 thousand of them; queries are the usage examples, whose entries the dictionary
+    says. A sentence mostly holds its headword, if inflected, beside others that are headwords, too, and a word has many
+    senses.
+    """
+    from hf_distill.evaluation.retrieval import RetrievalData  # the extra retrieval
+
+    documents: dict[str, str] = {}
+    answers: dict[str, dict[str, int]] = {}
+    for word, definition in _gcide_entries():
+        text = f"{word}: {definition['text'].strip()}"
+        key = documents.setdefault(text, f"d{len(documents)}")
+        for example in definition["examples"]:
+            example = " ".join(example.split())
+            if len(example.split()) >= 4:
+                answers.setdefault(example, {})[key] = 1
+    queries = {f"q{i}": text for i, text in enumerate(answers)}
+    relevant = {f"q{i}": row for i, row in enumerate(answers.values())}
+    data = RetrievalData({key: text for text, key in documents.items()}, queries, relevant)
+    return data.split(test_queries, seed)

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every recipe is given: texts, teacher, student, evaluation sets, as its flags name them."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from demo import EMBEDDED, gcide_texts
+import numpy as np
+import torch
+from datasets import Dataset
+from demo import EMBEDDED, gcide_collection, gcide_texts
+from safetensors.torch import load_file
 
 from hf_distill.augment import BackTranslation, SynonymReplacement, augment
 from hf_distill.build import from_scratch, prune_vocabulary
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
+from hf_distill.cross_encoder import CrossEncoderTeacher, pair
+from hf_distill.data import TrainingTexts, find_leaks, join_texts, load_texts, split_source
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
+from hf_distill.negatives import mine_negatives
+from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
 from hf_distill.student import StudentModel
-from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher
+from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher, TwoTowerTeacher
 
 
 def training_texts(recipe: Any, args: Any, seen: list[str]) -> TrainingTexts:
@@ -66,3 +75,125 @@ def open_student(recipe: Any, texts: TrainingTexts, **options: Any) -> StudentMo
         prune_vocabulary(student, list(texts.all()), recipe.max_vocabulary)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     return student
+
+
+@dataclass
+class Collections:
+    """A collection with three disjoint sets of queries: to train on, to choose by, to report (None for none)."""
+
+    train: Any
+    dev: Any
+    test: Any
+
+    def evaluated(self) -> list[str]:
+        """Return the queries that no training query may repeat."""
+        return [text for side in (self.dev, self.test) if side for text in side.queries.values()]
+
+
+def open_collection(recipe: Any) -> Collections:
+    """Return what `--collection` names, its training queries split by `--split_seed`."""
+    from hf_distill.evaluation.retrieval import RetrievalData  # the extra retrieval
+
+    if recipe.collection == EMBEDDED:
+        everything, test = gcide_collection()
+    else:
+        everything = RetrievalData.load(recipe.collection, recipe.train_split)
+        split = recipe.test_split
+        test = RetrievalData.load(recipe.collection, split, everything.documents) if split else None
+    train, dev = everything.split(recipe.dev_queries or len(everything.queries) // 5, recipe.split_seed)
+    return Collections(train, dev, test)
+
+
+def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
+    """Return the cached teacher of queries and of documents; vectors that exist already are not encoded again."""
+
+    def tower(prompt: str | None) -> TeacherCache:
+        teacher = EncoderTeacher(recipe.teacher[0], prompt=prompt, **recipe.teacher_options())
+        teacher.name = recipe.teacher_name or teacher.name
+        return TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size)
+
+    queries = tower(recipe.query_prompt)
+    if recipe.document_embeddings:
+        path = Path(recipe.document_embeddings)
+        folder = Path(recipe.cache_dir) / f"{path.stem}-{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        return TwoTowerTeacher(
+            queries, TeacherCache.from_embeddings(documents, read_vectors(path), folder, f"{queries.name} ({path.name})")
+        )
+    same = recipe.document_prompt == recipe.query_prompt
+    towers = TwoTowerTeacher(queries, queries if same else tower(recipe.document_prompt))
+    towers.documents.add(documents)
+    return towers
+
+
+def read_vectors(path: Path) -> Any:
+    """Return [N, D] from a .npy, .safetensors (its only tensor) or .faiss file.
+
+    Raises:
+        ValueError: If it is of another kind, or holds something else.
+    """
+    if path.suffix == ".npy":
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    elif path.suffix == ".safetensors":
+        tensors = load_file(path)
+        vectors = next(iter(tensors.values())) if len(tensors) == 1 else np.empty(0)
+    elif path.suffix == ".faiss":
+        import faiss
+
+        index = faiss.read_index(str(path))
+        vectors = index.reconstruct_n(0, index.ntotal)
+    else:
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not bool(np.isfinite(np.asarray(vectors)).all()):
+        raise ValueError(
+            f"--document_embeddings: {path} holds {tuple(vectors.shape)}, expected finite vectors [N, D] in a .npy, .faiss, or "
+            ".safetensors file of one tensor. Queries would be matched with noise."
+        )
+    return vectors
+
+
+def more_queries(recipe: Any, documents: list[str], seed: int) -> Dataset | None:
+    """Return rows of a made query and its document, as `--spans` and `--generator` ask; None for none."""
+    folder = Path(recipe.cache_dir) / "queries"
+    if recipe.generator:
+        generator = QueryGenerator(recipe.generator, recipe.generator_prompt, recipe.generated)
+        return generate_queries(documents, generator, folder, seed)
+    return generate_queries(documents, SpanQueries(recipe.spans), folder, seed) if recipe.spans else None
+
+
+def retrieval_rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: int) -> tuple[Dataset, int]:
+    """Return (rows of a query, a document that answers it, and hard negatives; how many queries were left out as leaks)."""
+    documents = list(collections.train.documents.values())
+    queries, answers = collections.train.rows_of()
+    made = more_queries(recipe, documents, seed)
+    if made is not None:
+        row = {text: i for i, text in enumerate(documents)}
+        queries = [*queries, *made["query"]]
+        answers = [*answers, *([row[text]] for text in made["document"])]
+    leaks = set(find_leaks(Dataset.from_dict({"query": queries}), ["query"], collections.evaluated())[0])
+    kept = [i for i in range(len(queries)) if i not in leaks]
+    queries, answers = [queries[i] for i in kept], [answers[i] for i in kept]
+    towers.queries.add(queries, collections.evaluated())
+    vectors = towers.documents.encode(documents)
+    found = mine_negatives(towers.encode(queries), vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed)
+    rows = [
+        {"query": query, "positive": documents[answer], **{f"negative_{i + 1}": documents[n] for i, n in enumerate(others)}}
+        for query, rows_of, others in zip(queries, answers, found.tolist(), strict=True)
+        for answer in rows_of
+    ]
+    return Dataset.from_list(rows), len(leaks)
+
+
+def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
+    """Return the scores of `--reranker` for all rows, cached."""
+    if recipe.reranker is None:
+        return None
+    label = recipe.reranker_label
+    live = CrossEncoderTeacher(recipe.reranker, label=int(label) if label and label.isdigit() else label)
+    cache = TeacherCache(live, cache_folder(recipe.cache_dir, live), dtype="float32")
+    cache.add(*([pair(q, d) for q, d in zip(rows["query"], rows[column], strict=True)] for column in rows.column_names[1:]))
+    return cache
+
+
+def document_vectors(towers: Teacher, documents: list[str]) -> torch.Tensor:
+    """Return [N, D] of the collection, in order, as the student is to search it."""
+    return towers.encode(documents, prompt_name="document")

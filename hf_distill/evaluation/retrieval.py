@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(f"Retrieval scores need {error.name}. Install it with: pip install 'hf_distill[retrieval]'") from error
 
 
-Encode = Callable[[list[str]], Any]
+Encode = Callable[..., Any]
 _DEPTH = 100  # documents a query that are scored: what recall@100 and MAP@100 see
 
 
@@ -170,6 +170,8 @@ class RetrievalEvaluator:
         documents: [N, D] vectors of its documents, in order, where they exist already: only queries are encoded then.
         dims: Also search with the first so many dimensions (nDCG@10 only), as `retrieval_ndcg10@64`.
         name: What the scores begin with.
+        prompt_names: What `encode` is told of queries and of documents (`encode(texts, prompt_name="query")`), for models that
+            treat them differently; None to tell it nothing.
         chunk: Documents that are encoded and searched at a time.
 
     Raises:
@@ -182,6 +184,7 @@ class RetrievalEvaluator:
         documents: Tensor | None = None,
         dims: Sequence[int] = (),
         name: str = "retrieval",
+        prompt_names: tuple[str, str] | None = None,
         chunk: int = 4096,
     ) -> None:
         if documents is not None and (len(documents) != len(data.documents) or not torch.isfinite(documents).all()):
@@ -191,6 +194,7 @@ class RetrievalEvaluator:
                 "vectors of others."
             )
         self.data, self.documents, self.dims, self.name, self.chunk = data, documents, dims, name, chunk
+        self._query, self._document = ({"prompt_name": side} if side else {} for side in prompt_names or (None, None))
 
     def texts(self) -> list[str]:
         """Return every text of the set: what the leak check compares with."""
@@ -200,16 +204,15 @@ class RetrievalEvaluator:
         """Return the measures as {"<name>_ndcg10": ..., ...}.
 
         Args:
-            encode: texts -> [N, D]; or an object whose `encode_query` and `encode_document` are such functions.
+            encode: texts -> [N, D].
 
         Raises:
             ValueError: If queries and documents have different dimensions.
         """
-        encode_query, encode_document = (getattr(encode, name, encode) for name in ("encode_query", "encode_document"))
-        queries = torch.as_tensor(encode_query(list(self.data.queries.values()))).float()
+        queries = torch.as_tensor(encode(list(self.data.queries.values()), **self._query)).float()
         widths = [queries.shape[1], *(dim for dim in self.dims if dim < queries.shape[1])]
         searches = [ExactSearch(_unit(queries[:, :width]), _DEPTH + 1) for width in widths]  # one may be the query itself
-        for block in self._blocks(encode_document):
+        for block in self._blocks(encode):
             if block.shape[1] != queries.shape[1]:
                 raise ValueError(
                     f"RetrievalEvaluator: queries have {queries.shape[1]} dimensions, documents {block.shape[1]}, expected as "
@@ -229,7 +232,7 @@ class RetrievalEvaluator:
             return
         texts = iter(self.data.documents.values())
         while window := list(islice(texts, self.chunk)):
-            yield torch.as_tensor(encode(window)).float()
+            yield torch.as_tensor(encode(window, **self._document)).float()
 
     def _measure(self, search: ExactSearch) -> dict[str, float]:
         ids, run = list(self.data.documents), {}

@@ -90,17 +90,12 @@ def test_vectors_that_exist_are_not_encoded_again():
     assert known == pytest.approx(naive(data))
 
 
-def test_two_sides_each_have_their_encoder():
-    class Sides:
-        def encode_query(self, texts):
-            assert all(text[0] == "q" for text in texts)
-            return encode(texts)
+def test_each_side_is_named_to_the_encoder():
+    def named(texts, prompt_name):
+        assert all(text[0] == prompt_name[0] for text in texts)
+        return encode(texts)
 
-        def encode_document(self, texts):
-            assert all(text[0] == "d" for text in texts)
-            return encode(texts)
-
-    assert RetrievalEvaluator(make())(Sides()) == pytest.approx(naive(make()))
+    assert RetrievalEvaluator(make(), prompt_names=("query", "document"))(named) == pytest.approx(naive(make()))
 
 
 def test_a_document_with_the_id_of_the_query_is_not_found():
