@@ -213,24 +213,18 @@ class RetrievalArguments(RecipeArguments):
         default=None, metadata={"help": "Training queries held out to choose by; a fifth of them if not given."}
     )
     split_seed: int = field(default=42, metadata={"help": "Decides which."})
-    query_prompt: str | None = field(
-        default=None, metadata={"help": "Text before every query of the teacher; as it says itself."}
-    )
+    query_prompt: str | None = field(default=None, metadata={"help": "Text before every query of the teacher."})
     document_prompt: str | None = field(default=None, metadata={"help": "Text before every document of the teacher."})
     document_embeddings: str | None = field(
         default=None,
-        metadata={
-            "help": "The teacher's vectors of the collection, if they exist: .npy, .safetensors or .faiss, in its order."
-        },
+        metadata={"help": "The teacher's vectors of the collection, in its order, if there are: .npy, .safetensors or .faiss."},
     )
     negatives: int = field(default=4, metadata={"help": "Hard negatives a query, found by the teacher."})
     negative_margin: float = field(
         default=0.05, metadata={"help": "How much lower than the answer's a negative's cosine is, so that it is no answer."}
     )
     spans: int = field(default=0, metadata={"help": "More queries: so many sentences, or runs of words, of each document."})
-    generator: str | None = field(
-        default=None, metadata={"help": "More queries: a model that writes them (doc2query, causal)."}
-    )
+    generator: str | None = field(default=None, metadata={"help": "More queries: a model that writes them."})
     generator_prompt: str = field(default="{document}", metadata={"help": "What it reads."})
     generated: int = field(default=1, metadata={"help": "Queries it writes for each document."})
     reranker: str | None = field(default=None, metadata={"help": "A cross-encoder whose scores are distilled."})

@@ -5,16 +5,15 @@ import logging
 from dataclasses import dataclass, field
 
 from demo import demo_defaults, fill_in
-from inputs import document_vectors, open_collection, open_reranker, open_student, open_towers, retrieval_rows
+from inputs import open_collection, open_reranker, open_student, open_towers, retrieval_evaluators, retrieval_rows
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RetrievalArguments, parse_arguments
 from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
-from hf_distill.evaluation.retrieval import RetrievalEvaluator
 from hf_distill.losses import ContrastiveLoss, EmbeddingMatching, ScoreDistillation, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
-from hf_distill.trainer import claim_output_dir
+from hf_distill.trainer import DistillationTrainer, claim_output_dir, last_checkpoint
 
 
 @dataclass
@@ -58,30 +57,27 @@ def main(argv: list[str] | None = None) -> None:
 
     with report.timed("caching"):
         towers = open_towers(recipe, documents)
-        rows, leaked = retrieval_rows(recipe, collections, towers, args.seed)
+        rows, facts = retrieval_rows(recipe, collections, towers, args.seed)
         reranker = open_reranker(recipe, rows)
-    projection = None
+    inherited = [] if recipe.symmetric else rows.column_names[1:]
+    teacher, projection = towers, None
     if recipe.dim:
         projection = PCAProjection.fit(towers.documents.blocks(documents), recipe.dim)
-    teacher = towers.project(projection) if projection else towers
-    texts = TrainingTexts(rows, ["query"] if not recipe.symmetric else rows.column_names, [], [])
-    student = open_student(recipe, texts, projection_dim=teacher.dim)
+        teacher = towers.project(projection)
+    read = [column for column in rows.column_names if column not in inherited]
+    student = open_student(recipe, TrainingTexts(rows, read, [], []), projection_dim=teacher.dim)
     sample = list(dict.fromkeys(rows["query"]))[:10_000]
     student.start_projection(*starting_map(student.pooled(sample), teacher.encode(sample)))
-    student.settings["document_encoder"] = None if recipe.symmetric else towers.documents.name
+    if inherited:
+        student.settings["document_encoder"] = towers.documents.name
 
-    index = document_vectors(teacher, documents)
-    sets = {"dev": collections.dev, "test": collections.test}
-    sides = ("query", "document")
-    report.evaluators = [
-        RetrievalEvaluator(data, None if recipe.symmetric else index, name=name, prompt_names=sides)
-        for name, data in sets.items()
-        if data
-    ]
     with report.timed("evaluation"):
-        report.add("teacher", towers.encode, towers.num_parameters, towers.dim) if not projection else None
-        size = student.num_parameters()
-        report.add("untrained student", student.encode, size, teacher.dim)
+        for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": teacher} if recipe.dim else {})}.items():
+            report.evaluators = retrieval_evaluators(recipe, collections, encoder.encode(documents, prompt_name="document"))
+            report.add(name, encoder.encode, encoder.queries.num_parameters, encoder.dim, prefixes=False)
+        index = teacher.encode(documents, prompt_name="document") if inherited else None
+        report.evaluators = retrieval_evaluators(recipe, collections, index)
+        report.add("untrained student", student.encode, student.num_parameters(), teacher.dim, prefixes=False)
 
     trainer = DistillationTrainer(
         model=student,
@@ -90,17 +86,16 @@ def main(argv: list[str] | None = None) -> None:
         teacher=teacher,
         loss=recipe.loss(),
         reranker=reranker,
-        inherited_columns=[] if recipe.symmetric else rows.column_names[1:],
-        evaluators=report.evaluators[:1],
+        inherited_columns=inherited,
+        evaluators=report.evaluators[:1],  # dev
         peft_config=recipe.peft_config(),
     )
     with report.timed("training"):
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
     with report.timed("evaluation"):
-        report.add("student", student.encode, size, teacher.dim)
-    facts = {"projection": projection.facts()} if projection else {}
-    print(report.finish(trainer, recipe, collections.facts(recipe, rows, leaked), **facts))
+        report.add("student", student.encode, student.num_parameters(), teacher.dim, prefixes=False)
+    print(report.finish(trainer, recipe, facts, **({"projection": projection.facts()} if projection else {})))
     trainer.end()
 
 

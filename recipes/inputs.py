@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every recipe is given: texts, teacher, student, evaluation sets, as its flags name them."""
 
+import json
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from hf_distill.augment import BackTranslation, SynonymReplacement, augment
 from hf_distill.build import from_scratch, prune_vocabulary
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.cross_encoder import CrossEncoderTeacher, pair
-from hf_distill.data import TrainingTexts, find_leaks, join_texts, load_texts, split_source
+from hf_distill.data import TrainingTexts, find_leaks, join_texts, load_texts, require_texts, split_source
+from hf_distill.evaluation.report import command
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.negatives import mine_negatives
 from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
@@ -160,8 +164,8 @@ def more_queries(recipe: Any, documents: list[str], seed: int) -> Dataset | None
     return generate_queries(documents, SpanQueries(recipe.spans), folder, seed) if recipe.spans else None
 
 
-def retrieval_rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: int) -> tuple[Dataset, int]:
-    """Return (rows of a query, a document that answers it, and hard negatives; how many queries were left out as leaks)."""
+def retrieval_rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: int) -> tuple[Dataset, dict[str, Any]]:
+    """Return (rows of a query, a document that answers it, and hard negatives; what results.json says of them)."""
     documents = list(collections.train.documents.values())
     queries, answers = collections.train.rows_of()
     made = more_queries(recipe, documents, seed)
@@ -180,7 +184,11 @@ def retrieval_rows(recipe: Any, collections: Collections, towers: TwoTowerTeache
         for query, rows_of, others in zip(queries, answers, found.tolist(), strict=True)
         for answer in rows_of
     ]
-    return Dataset.from_list(rows), len(leaks)
+    dataset = Dataset.from_list(rows)
+    facts = {"name": str(recipe.texts_name or recipe.collection), "rows": len(dataset), "columns": dataset.column_names}
+    facts |= {"documents": len(documents), "queries": len(queries), "made_queries": 0 if made is None else len(made)}
+    facts |= {"held_out": len(collections.dev.queries), "leaked": len(leaks)}
+    return dataset, {**facts, "sha256": require_texts(dataset, dataset.column_names)}
 
 
 def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
@@ -194,6 +202,18 @@ def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
     return cache
 
 
-def document_vectors(towers: Teacher, documents: list[str]) -> torch.Tensor:
-    """Return [N, D] of the collection, in order, as the student is to search it."""
-    return towers.encode(documents, prompt_name="document")
+def retrieval_evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | None) -> list[Any]:
+    """Return the searches of dev and, where there is one, test; over these vectors, or documents encoded by what is scored.
+
+    Each time that the test queries are to be searched, a line is added to test-evaluations.jsonl beside the caches.
+    """
+    from hf_distill.evaluation.retrieval import RetrievalEvaluator
+
+    sides, found = ("query", "document"), [("dev", collections.dev)]
+    if collections.test:
+        found.append(("test", collections.test))
+        line = {"time": time.strftime("%F %T"), "collection": str(recipe.collection), "command": command(sys.argv)}
+        Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    return [RetrievalEvaluator(data, documents, recipe.dims, name, sides) for name, data in found]
