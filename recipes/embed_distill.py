@@ -59,12 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         towers = open_towers(recipe, documents)
         rows, facts = retrieval_rows(recipe, collections, towers, args.seed)
         reranker = open_reranker(recipe, rows)
-    inherited = [] if recipe.symmetric else rows.column_names[1:]
-    teacher, projection = towers, None
-    if recipe.dim:
-        projection = PCAProjection.fit(towers.documents.blocks(documents), recipe.dim)
-        teacher = towers.project(projection)
-    read = [column for column in rows.column_names if column not in inherited]
+    read, inherited = (rows.column_names, []) if recipe.symmetric else (rows.column_names[:1], rows.column_names[1:])
+    projection = PCAProjection.fit(towers.documents.blocks(documents), recipe.dim) if recipe.dim else None
+    teacher = towers.project(projection) if projection else towers
     student = open_student(recipe, TrainingTexts(rows, read, [], []), projection_dim=teacher.dim)
     sample = list(dict.fromkeys(rows["query"]))[:10_000]
     student.start_projection(*starting_map(student.pooled(sample), teacher.encode(sample)))
@@ -74,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("evaluation"):
         for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": teacher} if recipe.dim else {})}.items():
             report.evaluators = retrieval_evaluators(recipe, collections, encoder.encode(documents, prompt_name="document"))
-            report.add(name, encoder.encode, encoder.queries.num_parameters, encoder.dim, prefixes=False)
+            report.add(name, encoder.encode, towers.num_parameters, encoder.dim, prefixes=False)
         index = teacher.encode(documents, prompt_name="document") if inherited else None
         report.evaluators = retrieval_evaluators(recipe, collections, index)
         report.add("untrained student", student.encode, student.num_parameters(), teacher.dim, prefixes=False)
