@@ -1,0 +1,167 @@
+"""recipes/embed_distill.py from a collection to a card, on tiny models."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_texts
+from safetensors.torch import save_file
+from test_retrieval_training import make_reranker
+
+from hf_distill import EncoderTeacher, StudentModel
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory):
+    """60 documents; 40 training and 10 test queries, each the first words of its document with others before them."""
+    folder = tmp_path_factory.mktemp("collection")
+    documents, words = make_texts(60, seed=11, longest=12), make_texts(50, seed=12, longest=4)
+    queries = [f"{words[i]} {documents[i]}" for i in range(50)]
+    (folder / "qrels").mkdir()
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries))
+    )
+    for split, rows in (("train", range(40)), ("test", range(40, 50))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder, documents, queries
+
+
+@pytest.fixture
+def run(collection, backbone_folder, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+    def start(*flags, output="out"):
+        base = f"--collection {collection[0]} --teacher {teacher_folder} --backbone {backbone_folder} --layers 0 2 --dims 4"
+        base += " --negatives 2 --per_device_train_batch_size 8 --num_train_epochs 6 --learning_rate 5e-3 --logging_steps 2"
+        base += f" --disable_tqdm true --use_cpu true --bf16 false --attention eager --output_dir {tmp_path / output}"
+        base += f" --cache_dir {tmp_path / 'caches'}"
+        importlib.import_module("embed_distill").main([*base.split(), *flags])
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    return start
+
+
+def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, capsys):
+    folder, documents, queries = collection
+    results = run()
+    assert list(results["rows"]) == ["teacher", "untrained student", "student"]
+    rows = {name: row["scores"] for name, row in results["rows"].items()}
+    assert {"dev_ndcg10", "test_ndcg10", "test_mrr10", "test_recall100", "test_map100"} <= rows["student"].keys()
+    assert rows["student"]["dev_ndcg10"] > rows["untrained student"]["dev_ndcg10"]
+    assert results["data"]["columns"] == ["query", "positive", "negative_1", "negative_2"]
+    assert (results["data"]["rows"], results["data"]["held_out"], results["data"]["documents"]) == (32, 8, 60)
+    assert results["inherited_columns"] == ["positive", "negative_1", "negative_2"]
+    lines = [line for line in results["log_history"] if "loss_query" in line]
+    assert lines[-1]["loss_query"] < lines[0]["loss_query"]
+    assert max(line["loss_document"] for line in lines) < 1e-6
+    student = StudentModel.from_pretrained(tmp_path / "out")
+    assert student.settings["document_encoder"] == Path(results["teacher"]).name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "test nDCG@10" in card
+    assert results["teacher"] in card
+    log = [json.loads(line) for line in (tmp_path / "caches" / "test-evaluations.jsonl").read_text().splitlines()]
+    assert len(log) == 2  # over the teacher's index: once for the teacher, once for the students
+    assert all("embed_distill" in line["command"] or "pytest" in line["command"] for line in log)
+
+
+def test_both_towers_small_in_fewer_dimensions(run):
+    results = run("--symmetric", "true", "--dim", "8", "--test_split", "")
+    assert list(results["rows"]) == ["teacher", "teacher, PCA 8", "untrained student", "student"]
+    assert results["rows"]["student"]["dim"] == 8
+    assert "inherited_columns" not in results
+    assert not any(name.startswith("test_") for name in results["rows"]["student"]["scores"])
+    lines = [line for line in results["log_history"] if "loss_document" in line]
+    assert lines[0]["loss_document"] > lines[-1]["loss_document"] > 0.01
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "faiss"])
+def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_folder, tmp_path, monkeypatch, kind):
+    import faiss
+
+    _, documents, queries = collection
+    vectors = EncoderTeacher(teacher_folder, dtype="float32", device="cpu").encode(documents)
+    path = tmp_path / f"index.{kind}"
+    if kind == "npy":
+        np.save(path, vectors.numpy())
+    elif kind == "safetensors":
+        save_file({"embeddings": vectors}, path)
+    else:
+        index = faiss.IndexFlatIP(24)
+        index.add(vectors.numpy())
+        faiss.write_index(index, str(path))
+    plain = run("--num_train_epochs", "1", output="plain")
+    seen, encode = [], EncoderTeacher.encode
+
+    def counted(self, texts, *args, **kwargs):
+        seen.extend(texts)
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(EncoderTeacher, "encode", counted)
+    flags = ["--document_embeddings", str(path), "--num_train_epochs", "1", "--cache_dir", str(tmp_path / "others")]
+    results = run(*flags, output="indexed")
+    assert set(seen) == set(queries)
+    scores = [result["rows"]["teacher"]["scores"] for result in (plain, results)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
+    reranker = make_reranker(tmp_path / "reranker", backbone_folder)
+    results = run("--spans", "1", "--reranker", reranker, "--num_train_epochs", "1", "--test_split", "")
+    assert results["data"]["made_queries"] > 40
+    assert results["data"]["rows"] == results["data"]["queries"] > 70
+    assert results["reranker"] == "reranker"
+    assert [line["loss_score"] > 0 for line in results["log_history"] if "loss_score" in line]
+
+
+def test_queries_of_the_evaluation_are_left_out_of_the_training(run, collection, tmp_path):
+    folder, documents, queries = collection
+    other = tmp_path / "leaking"
+    (other / "qrels").mkdir(parents=True)
+    for name in ("corpus.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
+        (other / name).write_text((folder / name).read_text())
+    rows = [{"_id": f"q{i}", "text": queries[45].upper() + "!" if i < 2 else text} for i, text in enumerate(queries)]
+    (other / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = run("--collection", str(other), "--num_train_epochs", "1")
+    assert results["data"]["leaked"] == 2
+    assert results["data"]["queries"] == 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--document_embeddings", "INDEX"], r"holds \(59, 23, 1\), expected finite vectors"),
+        (["--metric", "l1"], "metric is 'l1'"),
+        (["--dev_queries", "40"], "40 of 40 queries to split off"),
+    ],
+)
+def test_wrong_input_is_refused_before_work(run, tmp_path, flags, message):
+    np.save(tmp_path / "index.npy", np.ones((59, 23, 1), np.float32))
+    flags = [str(tmp_path / "index.npy") if flag == "INDEX" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        run(*flags)
+
+
+def test_an_index_of_another_length_or_width_is_refused(run, tmp_path):
+    np.save(tmp_path / "index.npy", np.ones((59, 24), np.float32))
+    with pytest.raises(ValueError, match="60 texts but 59 vectors"):
+        run("--document_embeddings", str(tmp_path / "index.npy"))
+    np.save(tmp_path / "wide.npy", np.ones((60, 25), np.float32))
+    with pytest.raises(ValueError, match="expected one space"):
+        run("--document_embeddings", str(tmp_path / "wide.npy"), output="wide")
+
+
+def test_the_losses_that_weigh_nothing_are_not_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    make = importlib.import_module("embed_distill").EmbedDistillArguments
+    assert make().loss().parts == ("query", "document", "score", "label")
+    assert make(query_weight=0, document_weight=0, score_weight=0).loss().parts == ("label",)
+    assert make(label_weight=0, score_weight=0, document_weight=0).loss().weights == {"query": 1.0, "document": 0}
