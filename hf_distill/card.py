@@ -15,6 +15,7 @@ _TEMPLATE = Path(__file__).parent / "card_template.md"
 _PAPERS = {
     "2203.07687": "Compressing Sentence Representation for Semantic Retrieval via Homomorphic Projective Distillation "
     "(Zhao, Yu, Wu, Li; Findings of ACL 2022)",
+    "2301.12005": "EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval (Kim and others, 2023)",
 }
 _STS = {"task_type": "STS", "metric_type": "cosine_spearman", "metric_name": "Spearman × 100"}
 

@@ -216,13 +216,22 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
 
 def score_table(results: Mapping[str, Any]) -> str:
     """Return the rows of results.json as a table: the scores at full width, with short headings."""
-    short = {"fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN", "sts_avg": "STS avg"}
     rows = {}
     for name, row in results["rows"].items():
-        scores = {key: value for key, value in row["scores"].items() if "@" not in key}
-        cells = {short.get(key, key.removeprefix("sts_")): value for key, value in scores.items()}
+        scores = {_heading(key): value for key, value in row["scores"].items() if "@" not in key}
+        cells = {heading: value for heading, value in scores.items() if heading}
         rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
     return table(rows)
+
+
+def _heading(key: str) -> str | None:
+    """Return the heading of a score; None for one that only results.json holds."""
+    short = {"fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN", "sts_avg": "STS avg"}
+    ranking = {"ndcg10": "nDCG@10", "mrr10": "MRR@10", "recall10": None, "recall100": "recall@100", "map100": None}
+    queries, _, measure = key.rpartition("_")
+    if measure in ranking:
+        return ranking[measure] and f"{queries} {ranking[measure]}"
+    return short.get(key, key.removeprefix("sts_"))
 
 
 def dimension_table(results: Mapping[str, Any]) -> str:
