@@ -99,7 +99,7 @@ class RecipeArguments:
     layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})
     max_vocabulary: int | None = field(
         default=None,
-        metadata={"help": "Cut the student's WordPiece vocabulary to the training text's most frequent tokens, so many."},
+        metadata={"help": "Cut the student's WordPiece vocabulary to the most frequent tokens of the text, so many."},
     )
     from_scratch: list[int] | None = field(
         default=None,

@@ -322,13 +322,14 @@ class TrainingTexts:
     """A data set cut for a run: rows to train on, and texts that fidelity is measured on.
 
     train: The rows. columns: Its text columns. held_out: Texts that no row holds. leaked: Texts left out because they
-    stand in an evaluation set.
+    stand in an evaluation set. rest: Rows that are neither trained on nor leaked: held out, or beyond max_texts.
     """
 
     train: Dataset
     columns: list[str]
     held_out: list[str]
     leaked: list[str]
+    rest: Dataset
 
     @classmethod
     def split(
@@ -360,12 +361,14 @@ class TrainingTexts:
         keep = np.random.default_rng(seed).permutation(keep)
         count = min(held_out, len(keep) // 5)
         texts = list(dict.fromkeys(dataset.select(keep[:count])[columns[0]]))
-        train = dataset.select(keep[count:]).select_columns(columns)
+        whole = dataset.select(keep).select_columns(columns)
+        train = whole.select(range(count, len(whole)))
         rows, _ = find_leaks(train, columns, texts)  # a held-out text must not be trained on in another row
         keep = np.setdiff1d(np.arange(len(train)), rows)[:max_texts]
+        rest = whole.select(np.setdiff1d(np.arange(len(whole)), keep + count))
         if leaked:
             logger.info(f"Leak check: {len(leaked)} training texts stand in an evaluation set; their rows are left out.")
-        return cls(train.select(keep), columns, texts, leaked)
+        return cls(train.select(keep), columns, texts, leaked, rest)
 
     def extended(self, texts: list[str], leaks_from: Iterable[str] = ()) -> "TrainingTexts":
         """Return these with more rows, of one text column; texts that are held out, or in an evaluation set, are left out.
@@ -390,6 +393,10 @@ class TrainingTexts:
     def all(self) -> Iterator[str]:
         """Yield every training text, column after column."""
         return chain.from_iterable(self.text_columns())
+
+    def corpus(self) -> Iterator[str]:
+        """Yield every text there is, trained on or not: what a vocabulary is counted on."""
+        return chain(self.all(), chain.from_iterable(self.rest[column] for column in self.columns))
 
     def facts(self, name: str | None) -> dict[str, Any]:
         """Return what results.json says of them; two runs on the same texts have the same digest."""

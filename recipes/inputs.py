@@ -76,7 +76,7 @@ def open_student(recipe: Any, texts: TrainingTexts, **options: Any) -> StudentMo
         student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.max_vocabulary:
-        prune_vocabulary(student, list(texts.all()), recipe.max_vocabulary)
+        prune_vocabulary(student, list(texts.corpus()), recipe.max_vocabulary)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     return student
 

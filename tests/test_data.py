@@ -410,14 +410,14 @@ def test_facts_count_what_was_kept_and_what_was_not():
 
 
 def test_all_texts_come_column_after_column():
-    split = TrainingTexts(Dataset.from_dict({"a": ["x", "y"], "b": ["z", "x"]}), ["a", "b"], [], [])
+    split = TrainingTexts(Dataset.from_dict({"a": ["x", "y"], "b": ["z", "x"]}), ["a", "b"], [], [], None)
     assert list(split.all()) == ["x", "y", "z", "x"]
     assert [column[:] for column in split.text_columns()] == [["x", "y"], ["z", "x"]]
 
 
 def test_the_digest_tells_where_a_text_ends():
     def digest(*texts):
-        return TrainingTexts(Dataset.from_dict({"text": texts}), ["text"], [], []).facts(None)["sha256"]
+        return TrainingTexts(Dataset.from_dict({"text": texts}), ["text"], [], [], None).facts(None)["sha256"]
 
     assert digest("ab", "c") != digest("a", "bc")
     assert digest("ab", "c") == digest("ab", "c") != digest("c", "ab")
@@ -443,3 +443,13 @@ def test_rows_of_a_stream_are_tokenized_when_they_are_batched():
     )
     assert early["input_ids"].shape == (2, 4)
     assert all(torch.equal(late[key], early[key]) for key in early)
+
+
+def test_a_vocabulary_is_counted_on_all_texts_but_those_of_an_evaluation_set():
+    texts = [f"text {i}" for i in range(40)]
+    split = TrainingTexts.split(Dataset.from_dict({"text": texts}), held_out=5, max_texts=10, leaks_from=["Text 7!"])
+    assert (len(split.train), len(split.held_out), split.leaked) == (10, 5, ["text 7"])
+    assert sorted(split.corpus()) == sorted(set(texts) - {"text 7"})
+    more = split.extended(["another text", split.held_out[0]])
+    assert sorted(more.corpus()) == sorted({*texts, "another text"} - {"text 7"})
+    assert len(list(more.all())) == 11
