@@ -7,6 +7,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 hpd: .venv/demo  ## HPD: distil all-MiniLM-L6-v2 into 3 layers and 128 dimensions, offline (ARGS="--help" for flags)
 	$(BIN)/accelerate launch recipes/hpd.py $(ARGS)
 
+embed-distill: .venv/demo  ## EmbedDistill: a small query encoder over the teacher's index of a dictionary, offline
+	$(BIN)/accelerate launch recipes/embed_distill.py $(ARGS)
+
 test: .venv/test  ## the fast tests (ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -33,4 +36,4 @@ $(BIN)/python:
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 12
 
-.PHONY: hpd test test-all check bench cards help
+.PHONY: hpd embed-distill test test-all check bench cards help

@@ -207,6 +207,9 @@ class RetrievalArguments(RecipeArguments):
     collection: str | None = field(
         default=None, metadata={"help": "Folder or Hub id in BEIR's layout; the embedded default if not given."}
     )
+    max_documents: int | None = field(
+        default=None, metadata={"help": "Search a random sample of so many documents; those that answer a query stay."}
+    )
     train_split: str = field(default="train", metadata={"help": "Judgements to train on."})
     test_split: str | None = field(default="test", metadata={"help": "Judgements to report; '' for none."})
     dev_queries: int | None = field(

@@ -9,7 +9,6 @@ from inputs import open_collection, open_reranker, open_student, open_towers, re
 from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, RetrievalArguments, parse_arguments
-from hf_distill.data import TrainingTexts
 from hf_distill.evaluation.report import RunReport
 from hf_distill.losses import ContrastiveLoss, EmbeddingMatching, ScoreDistillation, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
@@ -59,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         towers = open_towers(recipe, documents)
         rows, facts = retrieval_rows(recipe, collections, towers, args.seed)
         reranker = open_reranker(recipe, rows)
-    read, inherited = (rows.column_names, []) if recipe.symmetric else (rows.column_names[:1], rows.column_names[1:])
+    inherited = [] if recipe.symmetric else rows.column_names[1:]
     projection = PCAProjection.fit(towers.documents.blocks(documents), recipe.dim) if recipe.dim else None
     teacher = towers.project(projection) if projection else towers
-    student = open_student(recipe, TrainingTexts(rows, read, [], []), projection_dim=teacher.dim)
+    student = open_student(recipe, [*documents, *rows["query"]], projection_dim=teacher.dim)
     sample = list(dict.fromkeys(rows["query"]))[:10_000]
     student.start_projection(*starting_map(student.pooled(sample), teacher.encode(sample)))
     if inherited:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = training_texts(recipe, args, seen)
 
     teacher = open_teacher(recipe)
-    student = open_student(recipe, texts, projection_dim=recipe.dim, activation=recipe.activation)
+    student = open_student(recipe, texts.corpus(), projection_dim=recipe.dim, activation=recipe.activation)
     # What does not fit is refused now, not after the teacher's hours.
     PCAProjection.require(recipe.dim, teacher.dim, len(texts.train))
     as_wide = student.config.hidden_size == teacher.dim

@@ -2,8 +2,10 @@
 """What every recipe is given: texts, teacher, student, evaluation sets, as its flags name them."""
 
 import json
+import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def open_teacher(recipe: Any) -> Teacher:
     return caches[0] if len(caches) == 1 else JointTeacher(caches, recipe.combine)
 
 
-def open_student(recipe: Any, texts: TrainingTexts, **options: Any) -> StudentModel:
+def open_student(recipe: Any, corpus: Iterable[str], **options: Any) -> StudentModel:
     """Return a student made from `--backbone`, or as `--from_scratch` says with its tokenizer; its vocabulary cut if asked."""
     if recipe.from_scratch:
         student = from_scratch(recipe.backbone, *recipe.from_scratch, **recipe.student_options(), **options)
@@ -76,7 +78,7 @@ def open_student(recipe: Any, texts: TrainingTexts, **options: Any) -> StudentMo
         student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.max_vocabulary:
-        prune_vocabulary(student, list(texts.corpus()), recipe.max_vocabulary)
+        prune_vocabulary(student, list(corpus), recipe.max_vocabulary)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     return student
 
@@ -104,6 +106,13 @@ def open_collection(recipe: Any) -> Collections:
         everything = RetrievalData.load(recipe.collection, recipe.train_split)
         split = recipe.test_split
         test = RetrievalData.load(recipe.collection, split, everything.documents) if split else None
+    if recipe.max_documents and recipe.max_documents < len(everything.documents):
+        judged = {key for side in (everything, test) if side for row in side.relevant.values() for key in row}
+        others = [key for key in everything.documents if key not in judged]
+        random.Random(recipe.split_seed).shuffle(others)
+        kept = judged | set(others[: max(recipe.max_documents - len(judged), 0)])
+        documents = {key: text for key, text in everything.documents.items() if key in kept}
+        everything, test = everything.with_documents(documents), test and test.with_documents(documents)
     train, dev = everything.split(recipe.dev_queries or len(everything.queries) // 5, recipe.split_seed)
     return Collections(train, dev, test)
 

@@ -109,6 +109,10 @@ class RetrievalData:
         rest, held_out = (RetrievalData(self.documents, self.queries, relevant) for relevant in sides)
         return rest, held_out
 
+    def with_documents(self, documents: dict[str, str]) -> "RetrievalData":
+        """Return the same queries over a part of the documents."""
+        return RetrievalData(documents, self.queries, self.relevant)
+
     def rows_of(self) -> tuple[list[str], list[list[int]]]:
         """Return the query texts, and for each the rows of its relevant documents, counted from 0."""
         row = {key: i for i, key in enumerate(self.documents)}
