@@ -210,6 +210,9 @@ class RetrievalArguments(RecipeArguments):
     max_documents: int | None = field(
         default=None, metadata={"help": "Search a random sample of so many documents; those that answer a query stay."}
     )
+    max_queries: int | None = field(
+        default=None, metadata={"help": "A random sample of so many queries of each split, for a short run."}
+    )
     train_split: str = field(default="train", metadata={"help": "Judgements to train on."})
     test_split: str | None = field(default="test", metadata={"help": "Judgements to report; '' for none."})
     dev_queries: int | None = field(

@@ -106,6 +106,12 @@ def open_collection(recipe: Any) -> Collections:
         everything = RetrievalData.load(recipe.collection, recipe.train_split)
         split = recipe.test_split
         test = RetrievalData.load(recipe.collection, split, everything.documents) if split else None
+    if recipe.max_queries:
+        sides = (everything, test)
+        everything, test = (
+            side.split(recipe.max_queries, recipe.split_seed)[1] if side and len(side.queries) > recipe.max_queries else side
+            for side in sides
+        )
     if recipe.max_documents and recipe.max_documents < len(everything.documents):
         judged = {key for side in (everything, test) if side for row in side.relevant.values() for key in row}
         others = [key for key in everything.documents if key not in judged]

@@ -123,8 +123,9 @@ def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
 
 
 def test_a_sample_of_the_documents_keeps_all_answers(run):
-    results = run("--max_documents", "160", "--num_train_epochs", "1")
-    assert results["data"]["documents"] == 160
+    results = run("--max_documents", "60", "--max_queries", "20", "--num_train_epochs", "1")
+    assert (results["data"]["documents"], results["data"]["held_out"]) == (60, 4)
+    assert results["data"]["queries"] + results["data"]["leaked"] == 16
 
 
 def test_queries_of_the_evaluation_are_left_out_of_the_training(run, collection, tmp_path):
