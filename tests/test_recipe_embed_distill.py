@@ -119,7 +119,8 @@ def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
     results = run("--spans", "1", "--reranker", reranker, "--num_train_epochs", "1", "--test_split", "")
     assert results["data"]["made_queries"] > 100
     assert results["reranker"] == "reranker"
-    assert [line["loss_score"] > 0 for line in results["log_history"] if "loss_score" in line]
+    scores = [line["loss_score"] for line in results["log_history"] if "loss_score" in line]
+    assert len(scores) > 3 and min(scores) > 0
 
 
 def test_a_sample_of_the_documents_keeps_all_answers(run):
