@@ -64,9 +64,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_backbone(folder, kind: str = "bert", seed: int = 0, **changes) -> str:
     """Write a random tiny encoder with its tokenizer, as `AutoModel` opens it; weights large enough to tell texts apart."""
     options = {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 40, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, **{**options, **BACKBONES[kind], **changes})
+    return write_random(folder, AutoModel, AutoConfig.for_model(kind, **{**options, **BACKBONES[kind], **changes}), seed)
+
+
+def write_random(folder, auto_class, config, seed: int) -> str:
+    """Write a model of random weights and the tiny tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModel.from_config(config)
+    model = auto_class.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -54,6 +54,15 @@ def test_the_default_run_keeps_what_was_asked_of_it():
     assert average["student"] > average["untrained student"]
 
 
+def test_the_published_run_on_a_large_teacher_is_the_one_that_dev_chose():
+    average = {name: row["scores"]["sts_avg"] for name, row in STUDENTS["hpd_mpnet"]["rows"].items()}
+    assert average["student"] >= 0.97 * average["teacher"]
+    curve = RUNS["hpd_mpnet_curve"]["runs"]
+    assert len(curve) >= 3
+    best = max(curve.values(), key=lambda run: run["scores"]["sts_STS-B dev"])
+    assert best["scores"] == STUDENTS["hpd_mpnet"]["rows"]["student"]["scores"]
+
+
 def test_memory_hardly_grows_with_the_number_of_texts():
     rows = RUNS["memory"]["peak_memory"]
     peaks = [row["150000 texts, MB"] for row in rows.values()]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_texts
+from conftest import make_texts, write_random
 from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -47,18 +47,8 @@ def reranker_folder(tmp_path_factory, backbone_folder):
 
 
 def make_reranker(folder, backbone_folder, outputs=1):
-    from transformers import AutoTokenizer
-
     config = AutoConfig.from_pretrained(backbone_folder, num_labels=outputs)
-    torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone_folder).save_pretrained(folder)
-    return str(folder)
+    return write_random(folder, AutoModelForSequenceClassification, config, seed=5)
 
 
 @pytest.fixture
