@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, pyplot, table, write_results
 
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"
@@ -40,11 +40,7 @@ def points(scores: dict[str, float]) -> list[tuple[int, float]]:
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the STS average over the texts and, a line a run, over the dimensions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     scores = {name: {who: row["scores"] for who, row in run["rows"].items()} for name, run in runs.items()}
     dims = {name: run["projection"]["dim"] for name, run in runs.items()}

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from hf_distill import EncoderTeacher
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, pyplot, table, write_results
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -66,11 +66,7 @@ def main() -> None:
 
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Draw quality over parameters, and over speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for axes, what in zip(panels, ("parameters M", "times as fast"), strict=True):
         for name, row in rows.items():

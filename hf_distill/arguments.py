@@ -204,6 +204,8 @@ class RecipeArguments:
 class RetrievalArguments(RecipeArguments):
     """What a recipe on queries and documents asks for beside."""
 
+    symmetric: bool = field(default=False, metadata={"help": "Both towers small; else documents keep the teacher's vectors."})
+    dim: int | None = field(default=None, metadata={"help": "Reduce the teacher's space to so many dimensions by PCA (HPD)."})
     collection: str | None = field(
         default=None, metadata={"help": "Folder or Hub id in BEIR's layout; the embedded default if not given."}
     )
@@ -235,6 +237,21 @@ class RetrievalArguments(RecipeArguments):
     generated: int = field(default=1, metadata={"help": "Queries it writes for each document."})
     reranker: str | None = field(default=None, metadata={"help": "A cross-encoder whose scores are distilled."})
     reranker_label: str | None = field(default=None, metadata={"help": "Which of its outputs is the score, if it has several."})
+    dual_pooling: int | None = field(
+        default=None, metadata={"help": "Match vectors of so many dimensions, made from the reranker's states; symmetric."}
+    )
+    index_report: bool = field(
+        default=True, metadata={"help": "Measure kinds of index over the documents, in memory: size, speed, quality."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dual_pooling and not (self.reranker and self.symmetric and not self.dim):
+            raise ValueError(
+                f"RetrievalArguments: dual_pooling is {self.dual_pooling}, reranker {self.reranker}, symmetric "
+                f"{self.symmetric}, dim {self.dim}, expected a reranker, both towers small and no dim. States of pairs make "
+                "no index to search or to reduce."
+            )
 
 
 def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:

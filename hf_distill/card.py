@@ -59,9 +59,10 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     )
     tables = {}
     if measured:
-        from .evaluation.report import dimension_table, score_table
+        from .evaluation.report import dimension_table, index_table, score_table
 
         tables = {"scores": score_table(facts), "dimensions": dimension_table(facts)}
+        tables["index"] = index_table(facts["index"]) if "index" in facts else ""
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),

@@ -210,7 +210,7 @@ class DistillationCollator:
             batch["targets"] = self.teacher.targets(texts)
         if self.reranker is not None:
             pairs = [pair(row[0], document) for row in texts for document in row[1:]]
-            batch["scores"] = self.reranker.encode(pairs).reshape(len(rows), -1)
+            batch["scores"] = self.reranker.encode(pairs)[:, 0].reshape(len(rows), -1)
         return batch
 
 

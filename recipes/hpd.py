@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """HPD (arXiv 2203.07687): a small student that gives its teacher's PCA coordinates. Flags: --help, --config file.yaml."""
 
-import logging
 from dataclasses import dataclass, field
 from itertools import islice
 
-from demo import demo_defaults, fill_in
-from inputs import open_student, open_teacher, sts_evaluators, training_texts
-from transformers import set_seed
+from inputs import begin, open_student, open_teacher, sts_evaluators, training_texts
 
-from hf_distill.arguments import DistillationTrainingArguments, RecipeArguments, parse_arguments
-from hf_distill.evaluation.report import RunReport
+from hf_distill.arguments import RecipeArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss, SimilarityLoss, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
-from hf_distill.trainer import DistillationTrainer, claim_output_dir, last_checkpoint
+from hf_distill.trainer import DistillationTrainer, last_checkpoint
 
 
 STARTS = ("auto", "pca", "orthogonal", "random")
@@ -39,13 +35,7 @@ class HPDArguments(RecipeArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Cache the teacher, reduce it, train the student, measure all of them."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_distill").setLevel(logging.INFO)
-    recipe, args = parse_arguments(HPDArguments, DistillationTrainingArguments, argv=argv, **demo_defaults("hpd"))
-    claim_output_dir(args.output_dir, {"recipe": "hpd", "settings": recipe.identity()})
-    fill_in(recipe)
-    set_seed(args.seed)  # a projection that starts at random is made before the trainer
-    report = RunReport("hpd", HPDLoss.paper)
+    recipe, args, report = begin("hpd", HPDLoss.paper, HPDArguments, argv)
     sts = sts_evaluators(recipe)
     seen = [text for evaluator in sts for text in evaluator.texts()]
     texts = training_texts(recipe, args, seen)

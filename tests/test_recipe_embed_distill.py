@@ -66,7 +66,13 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert max(line["loss_document"] for line in lines) < 1e-6
     student = StudentModel.from_pretrained(tmp_path / "out")
     assert student.settings["document_encoder"] == Path(results["teacher"]).name
+    kinds = ["flat", "int8", "IVF", "HNSW", "binary, rescored"]  # 200 documents are too few for PQ
+    assert list(results["index"]) == [f"{side}, {kind}" for side in ("teacher", "student 24-d") for kind in kinds]
+    assert results["index"]["student 24-d, flat"]["ndcg"] == pytest.approx(rows["student"]["test_ndcg10"], abs=0.1)
+    assert (tmp_path / "out" / "index.png").stat().st_size > 1000
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "student 24-d, int8" in card
+    assert "(index.png)" in card
     assert "test nDCG@10" in card
     assert results["teacher"] in card
     log = [json.loads(line) for line in (tmp_path / "caches" / "test-evaluations.jsonl").read_text().splitlines()]
@@ -78,8 +84,12 @@ def test_both_towers_small_in_fewer_dimensions(run):
     results = run("--symmetric", "true", "--dim", "8", "--test_split", "", "--label_weight", "0", "--score_weight", "0")
     assert list(results["rows"]) == ["teacher", "teacher, PCA 8", "untrained student", "student"]
     assert results["rows"]["student"]["dim"] == 8
+    spaces = dict.fromkeys(name.split(", ")[0] for name in results["index"])
+    assert list(spaces) == ["teacher", "student 8-d", "student 4-d"]
+    scores = results["rows"]["student"]["scores"]
+    assert results["index"]["student 8-d, flat"]["ndcg"] == pytest.approx(scores["dev_ndcg10"], abs=0.1)
     assert "inherited_columns" not in results
-    assert not any(name.startswith("test_") for name in results["rows"]["student"]["scores"])
+    assert not any(name.startswith("test_") for name in scores)
     lines = [line for line in results["log_history"] if "loss_document" in line]
     assert lines[0]["loss_document"] > lines[-1]["loss_document"] > 0.01
 
@@ -116,11 +126,26 @@ def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_fold
 
 def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
     reranker = make_reranker(tmp_path / "reranker", backbone_folder)
-    results = run("--spans", "1", "--reranker", reranker, "--num_train_epochs", "1", "--test_split", "")
+    flags = ["--spans", "1", "--reranker", reranker, "--num_train_epochs", "1", "--test_split", "", "--index_report", "false"]
+    results = run(*flags)
     assert results["data"]["made_queries"] > 100
     assert results["reranker"] == "reranker"
     scores = [line["loss_score"] for line in results["log_history"] if "loss_score" in line]
-    assert len(scores) > 3 and min(scores) > 0
+    assert len(scores) > 3
+    assert min(scores) > 0
+    assert "index" not in results
+
+
+def test_both_towers_learn_what_a_rerankers_states_say(run, backbone_folder, tmp_path):
+    reranker = make_reranker(tmp_path / "reranker", backbone_folder)
+    flags = ["--reranker", reranker, "--dual_pooling", "8", "--symmetric", "true", "--label_weight", "0"]
+    results = run(*flags, "--num_train_epochs", "2", "--index_report", "false")
+    assert results["teacher"] == "reranker, dual pooling"
+    assert results["rows"]["student"]["dim"] == results["dual_pooling"]["dim"] == 8
+    assert -1 <= results["dual_pooling"]["agreement"] <= 1
+    lines = [line for line in results["log_history"] if "loss_document" in line]
+    assert {"loss_query", "loss_document", "loss_score"} <= lines[0].keys()
+    assert lines[-1]["loss_document"] < lines[0]["loss_document"]
 
 
 def test_a_sample_of_the_documents_keeps_all_answers(run):
@@ -147,6 +172,7 @@ def test_queries_of_the_evaluation_are_left_out_of_the_training(run, collection,
     [
         (["--document_embeddings", "INDEX"], r"holds \(199, 23, 1\), expected finite vectors"),
         (["--metric", "l1"], "metric is 'l1'"),
+        (["--dual_pooling", "8"], "dual_pooling is 8, reranker None"),
         (["--dev_queries", "100"], "100 of 100 queries to split off"),
     ],
 )

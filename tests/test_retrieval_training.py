@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_texts, write_random
 from datasets import Dataset
+from tokenizers import processors
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -18,7 +19,7 @@ from hf_distill import (
     TeacherCache,
     TwoTowerTeacher,
 )
-from hf_distill.cross_encoder import pair
+from hf_distill.cross_encoder import DualPoolingTeacher, pair
 from hf_distill.data import DistillationCollator
 from hf_distill.losses import ContrastiveLoss, EmbeddingMatching, ScoreDistillation, WeightedLoss
 from hf_distill.teachers import Teacher
@@ -277,3 +278,106 @@ def test_texts_of_a_batch_are_numbered_by_what_they_say(student, everything):
     batch = collate([{"a": "the cat", "b": "the dog"}, {"a": "the sea", "b": "the dog"}, {"a": "the dog", "b": "the sky"}])
     assert batch["texts"].tolist() == [[0, 1], [2, 1], [1, 3]]
     assert "targets" not in batch
+
+
+@pytest.fixture
+def pooled(reranker_folder):
+    return CrossEncoderTeacher(reranker_folder, pooled=True)
+
+
+def test_pooled_states_are_the_means_over_each_side_without_what_stands_between(pooled, reranker_folder, rows):
+    queries, documents = rows["query"][:9], rows["positive"][:9]
+    special = [(token, pooled.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    layout = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", special)
+    plain = CrossEncoderTeacher(reranker_folder)
+    for teacher in (pooled, plain):
+        teacher.tokenizer.backend_tokenizer.post_processor = layout
+    found = pooled.encode([pair(*sides) for sides in zip(queries, documents, strict=True)])
+    assert found.shape == (9, 1 + 2 * 16) == (9, pooled.dim)
+    assert torch.allclose(found[:, 0], plain.score(queries, documents), atol=1e-5)
+    for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
+        with torch.no_grad():
+            inputs = pooled.tokenizer(query, document, return_tensors="pt")
+            states = pooled.model.base_model(**inputs).last_hidden_state[0]
+        first = len(pooled.tokenizer(query, add_special_tokens=False)["input_ids"])
+        naive = torch.cat([states[1 : 1 + first].mean(0), states[2 + first : -1].mean(0)])
+        assert torch.allclose(found[row, 1:], naive, atol=1e-5)
+
+
+class Matching(Teacher):
+    """Pairs whose score is the cosine of two hidden coordinates of their pooled states."""
+
+    name, dim, fingerprint = "matching", 1 + 2 * 6, {"is": "matching"}
+
+    def encode(self, texts, batch_size=64, show_progress_bar=None):
+        sides = [[self._vector(text) for text in both.split("\x1f")] for both in texts]
+        vectors = torch.stack([torch.cat(side) for side in sides])
+        scores = functional.cosine_similarity(vectors[:, :2], vectors[:, 6:8])
+        return torch.cat([3 * scores[:, None] - 1, vectors], dim=1)
+
+    @staticmethod
+    def _vector(text):
+        return torch.randn(6, generator=torch.Generator().manual_seed(int(text[1:])))
+
+
+def test_dual_pooling_finds_the_directions_that_the_score_is_made_of():
+    rows = [[f"q{i}", f"d{1000 + 3 * i}", f"d{1001 + 3 * i}", f"d{1002 + 3 * i}"] for i in range(400)]
+    dual = DualPoolingTeacher.fit(Matching(), rows, dim=4, steps=2000)
+    assert dual.agreement > 0.95  # on queries that it was not fitted to
+    targets = dual.targets(rows[:50])
+    assert targets.shape == (50, 4, 4)
+    assert torch.allclose(targets.norm(dim=-1), torch.ones(50, 4), atol=1e-5)
+    # One query's vector here is the same with every document, so its target scores as the pair did.
+    cosines = torch.einsum("bd,bcd->bc", targets[:, 0], targets[:, 1:]).flatten()
+    scores = Matching().encode([pair(row[0], text) for row in rows[:50] for text in row[1:]])[:, 0]
+    assert torch.corrcoef(torch.stack([cosines, scores]))[0, 1] > 0.95
+    again = DualPoolingTeacher.fit(Matching(), rows, dim=4, steps=2000)
+    assert again.fingerprint == dual.fingerprint
+    assert torch.equal(again.targets(rows[:5]), targets[:5])
+    assert DualPoolingTeacher.fit(Matching(), rows[::-1], dim=4, steps=1).fingerprint != dual.fingerprint
+
+
+def test_a_query_gets_the_mean_of_what_its_documents_made_of_it(pooled, rows):
+    table = list(zip(*rows[:].values(), strict=True))
+    dual = DualPoolingTeacher.fit(pooled, table, dim=8, steps=5)
+    states = pooled.encode([pair(table[0][0], text) for text in table[0][1:]])
+    maps = (dual.query_map, dual.document_map)
+    sides = [
+        functional.normalize(states[:, 1 + 16 * i : 17 + 16 * i] @ fitted[:-1] + fitted[-1], dim=-1)
+        for i, fitted in enumerate(maps)
+    ]
+    assert not torch.allclose(sides[0][0], sides[0][1], atol=1e-4)
+    expected = torch.stack([functional.normalize(sides[0].mean(0), dim=-1), *sides[1]])
+    assert torch.allclose(dual.targets(table[:1])[0], expected, atol=1e-5)
+
+
+def test_a_student_learns_dual_pooling_from_a_cache_of_pairs(pooled, make, rows, tmp_path):
+    cache = TeacherCache(pooled, tmp_path / "pairs", dtype="float32", batch_size=8)
+    cache.add(*([pair(q, d) for q, d in zip(rows["query"], rows[column], strict=True)] for column in DOCUMENTS))
+    dual = DualPoolingTeacher.fit(cache, list(zip(*rows[:].values(), strict=True)), dim=24, steps=50)
+    loss = WeightedLoss([EmbeddingMatching(), ScoreDistillation(reranker=True)])
+    trainer = make(teacher=dual, reranker=cache, loss=loss, num_train_epochs=8, learning_rate=5e-3)
+    assert trainer.run_facts["teacher"] == "reranker0, dual pooling"
+    batch = batch_of(trainer)
+    known = cache.encode([pair(*sides) for sides in zip(rows["query"][:4], rows["negative"][:4], strict=True)])
+    assert torch.equal(batch["scores"][:, 1], known[:, 0])
+    trainer.train()
+    for part in ("loss_query", "loss_document"):
+        first, *_, last = parts(trainer, part)
+        assert last < first
+
+
+def test_what_dual_pooling_can_not_do_is_refused(pooled, reranker_folder, rows, make, tmp_path):
+    table = list(zip(*rows[:].values(), strict=True))
+    with pytest.raises(ValueError, match="gives 1 numbers a pair, and there are 24 queries"):
+        DualPoolingTeacher.fit(CrossEncoderTeacher(reranker_folder), table)
+    with pytest.raises(ValueError, match="there are 9 queries"):
+        DualPoolingTeacher.fit(pooled, table[:9])
+    dual = DualPoolingTeacher.fit(pooled, table, dim=24, steps=1)
+    with pytest.raises(ValueError, match="2 texts alone"):
+        dual.encode(["a", "b"])
+    cache = TeacherCache(pooled, tmp_path / "few", dtype="float32", batch_size=8)
+    cache.add([pair(rows["query"][0], rows["positive"][0])])
+    some = DualPoolingTeacher(cache, dual.query_map, dual.document_map, 1.0, "")
+    with pytest.raises(ValueError, match="23 of the 24|lacks|has no"):
+        make(teacher=some)

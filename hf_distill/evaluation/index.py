@@ -5,14 +5,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .metrics.retrieval_measures import retrieval_measures
-from .report import table
 
 
 try:
@@ -20,6 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("The index report needs faiss. Install it with: pip install 'hf_distill[retrieval]'") from error
 
+logger = logging.get_logger(__name__)
 Search = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -29,12 +29,13 @@ class IndexKind:
 
     factory: faiss's description of it ("HNSW32"); {lists} stands for 4 sqrt(N) inverted lists, {bytes} for D / 4 bytes of
     product quantisation. settings: What is set on it before it searches. rescored: How many times k candidates are scored
-    again, for an index of sign bits.
+    again, for an index of sign bits. at_least: How many vectors it takes to make one.
     """
 
     factory: str
     settings: Mapping[str, int] | None = None
     rescored: int = 0
+    at_least: int = 1
 
 
 KINDS = {
@@ -42,7 +43,7 @@ KINDS = {
     "int8": IndexKind("SQ8"),
     "IVF": IndexKind("IVF{lists},Flat", {"nprobe": 16}),
     "HNSW": IndexKind("HNSW32,Flat", {"efSearch": 64}),
-    "PQ": IndexKind("PQ{bytes}x8"),
+    "PQ": IndexKind("PQ{bytes}x8", at_least=256),
     "binary, rescored": IndexKind("BFlat", rescored=10),
 }
 
@@ -99,6 +100,9 @@ def index_report(
     exact = None
     for space_name, space in spaces.items():
         for kind in space.kinds:
+            if len(space.documents) < KINDS[kind].at_least:
+                logger.info(f"index_report: no {kind} of {len(space.documents)} documents; it takes {KINDS[kind].at_least}.")
+                continue
             name = f"{space_name}, {kind}"
             started = time.perf_counter()
             search, size = _build(space.documents, KINDS[kind])
@@ -121,8 +125,8 @@ def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
     count, dim = documents.shape
     description = kind.factory.format(lists=max(1, min(int(4 * count**0.5), count // 39)), bytes=max(1, dim // 4))
     if kind.rescored:
-        binary = faiss.index_binary_factory(dim, description)
         bits = np.packbits(documents > 0, axis=1)
+        binary = faiss.index_binary_factory(8 * bits.shape[1], description)
         binary.add(bits)
 
         def search(queries: np.ndarray, k: int) -> np.ndarray:
@@ -185,47 +189,6 @@ def _timings(
             "times_faster_batch": statistics.median(a / b for a, b in zip(batch[first], batch[name], strict=True)),
         }
     return rows
-
-
-def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the report as a table with short headings."""
-    short = {
-        "dim": "dim",
-        "mb_per_million": "MB per million",
-        "times_smaller": "× smaller",
-        "recall": "recall@10",
-        "ndcg": "nDCG@10",
-        "overlap": "same 10",
-        "p50_ms": "p50 ms",
-        "p95_ms": "p95 ms",
-        "times_faster": "× faster",
-        "batch_qps": "queries/s, batch",
-        "times_faster_batch": "× faster, batch",
-        "build_s": "build s",
-    }
-    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()})
-
-
-def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw quality over memory and over the latency of one query, a colour a space."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
-        spaces = list(dict.fromkeys(name.split(", ")[0] for name in rows))
-        for name, row in rows.items():
-            space, kind = name.split(", ", 1)
-            axes.plot(row[key], row["recall"], "o", color=f"C{spaces.index(space)}", label=space if kind == "flat" else None)
-            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, 3), fontsize="x-small")
-        axes.set(xscale="log", xlabel=label)
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="recall@10 × 100")
-    panels[1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _unit(vectors: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 """What a run measured: results.json, tables and plots."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -246,15 +247,28 @@ def dimension_table(results: Mapping[str, Any]) -> str:
     return table(rows) if rows else ""
 
 
-def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
-    """Draw training.png (loss over steps) and dimensions.png (quality over dimensions); return their names."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_distill[eval]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the report as a table with short headings."""
+    short = {
+        "dim": "dim",
+        "mb_per_million": "MB per million",
+        "times_smaller": "× smaller",
+        "recall": "recall@10",
+        "ndcg": "nDCG@10",
+        "overlap": "same 10",
+        "p50_ms": "p50 ms",
+        "p95_ms": "p95 ms",
+        "times_faster": "× faster",
+        "batch_qps": "queries/s, batch",
+        "times_faster_batch": "× faster, batch",
+        "build_s": "build s",
+    }
+    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()})
 
+
+def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
+    """Draw training.png (loss over steps), dimensions.png (quality over dimensions), index.png; return their names."""
+    plt = pyplot()
     folder, drawn = Path(folder), []
     steps = [line for line in results["log_history"] if "loss" in line]
     if len(steps) > 1:
@@ -283,7 +297,38 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
         figure.savefig(folder / "dimensions.png", dpi=120)
         drawn.append("dimensions.png")
     plt.close("all")
+    if "index" in results:
+        draw_index(folder / "index.png", results["index"])
+        drawn.append("index.png")
     return drawn
+
+
+def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw quality over memory and over the latency of one query, a colour a space."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
+        spaces = list(dict.fromkeys(name.split(", ")[0] for name in rows))
+        for name, row in rows.items():
+            space, kind = name.split(", ", 1)
+            axes.plot(row[key], row["recall"], "o", color=f"C{spaces.index(space)}", label=space if kind == "flat" else None)
+            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, 3), fontsize="x-small")
+        axes.set(xscale="log", xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="recall@10 × 100")
+    panels[1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_distill[eval]'") from error
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def _keys(results: Mapping[str, Any]) -> set[str]:

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_distill.evaluation.index import KINDS, Space, draw_index, index_report, index_table
+from hf_distill.evaluation.index import KINDS, Space, index_report
+from hf_distill.evaluation.report import draw_index, index_table
 
 
 def vectors(count, dim=16, seed=0):

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe on queries and documents is given: collection, teacher of both sides, rows to train on, searches."""
+
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from demo import EMBEDDED, gcide_collection
+from safetensors.torch import load_file
+
+from hf_distill.cache import TeacherCache, cache_folder
+from hf_distill.cross_encoder import CrossEncoderTeacher, DualPoolingTeacher, pair
+from hf_distill.data import find_leaks, require_texts
+from hf_distill.evaluation.report import command
+from hf_distill.negatives import mine_negatives
+from hf_distill.processes import score
+from hf_distill.projection import PCAProjection
+from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
+from hf_distill.student import StudentModel
+from hf_distill.teachers import EncoderTeacher, Teacher, TwoTowerTeacher
+
+
+@dataclass
+class Collections:
+    """A collection with three disjoint sets of queries: to train on, to choose by, to report (None for none)."""
+
+    train: Any
+    dev: Any
+    test: Any
+
+    def evaluated(self) -> list[str]:
+        """Return the queries that no training query may repeat."""
+        return [text for side in (self.dev, self.test) if side for text in side.queries.values()]
+
+
+def open_collection(recipe: Any) -> Collections:
+    """Return what `--collection` names, its training queries split by `--split_seed`."""
+    from hf_distill.evaluation.retrieval import RetrievalData  # the extra retrieval
+
+    if recipe.collection == EMBEDDED:
+        everything, test = gcide_collection()
+    else:
+        everything = RetrievalData.load(recipe.collection, recipe.train_split)
+        split = recipe.test_split
+        test = RetrievalData.load(recipe.collection, split, everything.documents) if split else None
+    if recipe.max_queries:
+        sides = (everything, test)
+        everything, test = (
+            side.split(recipe.max_queries, recipe.split_seed)[1] if side and len(side.queries) > recipe.max_queries else side
+            for side in sides
+        )
+    if recipe.max_documents and recipe.max_documents < len(everything.documents):
+        judged = {key for side in (everything, test) if side for row in side.relevant.values() for key in row}
+        others = [key for key in everything.documents if key not in judged]
+        random.Random(recipe.split_seed).shuffle(others)
+        kept = judged | set(others[: max(recipe.max_documents - len(judged), 0)])
+        documents = {key: text for key, text in everything.documents.items() if key in kept}
+        everything, test = everything.with_documents(documents), test and test.with_documents(documents)
+    train, dev = everything.split(recipe.dev_queries or len(everything.queries) // 5, recipe.split_seed)
+    return Collections(train, dev, test)
+
+
+def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
+    """Return the cached teacher of queries and of documents; vectors that exist already are not encoded again."""
+
+    def tower(prompt: str | None) -> TeacherCache:
+        teacher = EncoderTeacher(recipe.teacher[0], prompt=prompt, **recipe.teacher_options())
+        teacher.name = recipe.teacher_name or teacher.name
+        return TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size)
+
+    queries = tower(recipe.query_prompt)
+    if recipe.document_embeddings:
+        path = Path(recipe.document_embeddings)
+        folder = Path(recipe.cache_dir) / f"{path.stem}-{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        return TwoTowerTeacher(
+            queries, TeacherCache.from_embeddings(documents, read_vectors(path), folder, f"{queries.name} ({path.name})")
+        )
+    same = recipe.document_prompt == recipe.query_prompt
+    towers = TwoTowerTeacher(queries, queries if same else tower(recipe.document_prompt))
+    towers.documents.add(documents)
+    return towers
+
+
+def read_vectors(path: Path) -> Any:
+    """Return [N, D] from a .npy, .safetensors (its only tensor) or .faiss file.
+
+    Raises:
+        ValueError: If it is of another kind, or holds something else.
+    """
+    if path.suffix == ".npy":
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    elif path.suffix == ".safetensors":
+        tensors = load_file(path)
+        vectors = next(iter(tensors.values())) if len(tensors) == 1 else np.empty(0)
+    elif path.suffix == ".faiss":
+        import faiss
+
+        index = faiss.read_index(str(path))
+        vectors = index.reconstruct_n(0, index.ntotal)
+    else:
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not bool(np.isfinite(np.asarray(vectors)).all()):
+        raise ValueError(
+            f"--document_embeddings: {path} holds {tuple(vectors.shape)}, expected finite vectors [N, D] in a .npy, .faiss, or "
+            ".safetensors file of one tensor. Queries would be matched with noise."
+        )
+    return vectors
+
+
+def more_queries(recipe: Any, documents: list[str], seed: int) -> Dataset | None:
+    """Return rows of a made query and its document, as `--spans` and `--generator` ask; None for none."""
+    folder = Path(recipe.cache_dir) / "queries"
+    if recipe.generator:
+        generator = QueryGenerator(recipe.generator, recipe.generator_prompt, recipe.generated)
+        return generate_queries(documents, generator, folder, seed)
+    return generate_queries(documents, SpanQueries(recipe.spans), folder, seed) if recipe.spans else None
+
+
+def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: int) -> tuple[Dataset, dict[str, Any]]:
+    """Return (rows of a query, a document that answers it, and hard negatives; what results.json says of them)."""
+    documents = list(collections.train.documents.values())
+    queries, answers = collections.train.rows_of()
+    made = more_queries(recipe, documents, seed)
+    if made is not None:
+        row = {text: i for i, text in enumerate(documents)}
+        queries = [*queries, *made["query"]]
+        answers = [*answers, *([row[text]] for text in made["document"])]
+    leaks = set(find_leaks(Dataset.from_dict({"query": queries}), ["query"], collections.evaluated())[0])
+    kept = [i for i in range(len(queries)) if i not in leaks]
+    queries, answers = [queries[i] for i in kept], [answers[i] for i in kept]
+    towers.queries.add(queries, collections.evaluated())
+    vectors = towers.documents.encode(documents)
+    found = mine_negatives(towers.encode(queries), vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed)
+    rows = [
+        {"query": query, "positive": documents[answer], **{f"negative_{i + 1}": documents[n] for i, n in enumerate(others)}}
+        for query, rows_of, others in zip(queries, answers, found.tolist(), strict=True)
+        for answer in rows_of
+    ]
+    dataset = Dataset.from_list(rows)
+    facts = {"name": str(recipe.texts_name or recipe.collection), "rows": len(dataset), "columns": dataset.column_names}
+    facts |= {"documents": len(documents), "queries": len(queries), "made_queries": 0 if made is None else len(made)}
+    facts |= {"held_out": len(collections.dev.queries), "leaked": len(leaks)}
+    return dataset, {**facts, "sha256": require_texts(dataset, dataset.column_names)}
+
+
+def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
+    """Return the scores of `--reranker` for all rows, cached."""
+    if recipe.reranker is None:
+        return None
+    label = int(recipe.reranker_label) if str(recipe.reranker_label).isdigit() else recipe.reranker_label
+    live = CrossEncoderTeacher(recipe.reranker, label=label, pooled=bool(recipe.dual_pooling))
+    cache = TeacherCache(live, cache_folder(recipe.cache_dir, live), dtype="float32")
+    cache.add(*([pair(q, d) for q, d in zip(rows["query"], rows[column], strict=True)] for column in rows.column_names[1:]))
+    return cache
+
+
+def open_space(
+    recipe: Any, towers: TwoTowerTeacher, documents: list[str], reranker: TeacherCache | None, rows: Dataset
+) -> tuple[Teacher, dict[str, Any]]:
+    """Return (the teacher whose vectors the student learns, what results.json says of it)."""
+    if recipe.dual_pooling:
+        dual = DualPoolingTeacher.fit(reranker, list(zip(*rows[:].values(), strict=True)), recipe.dual_pooling)
+        return dual, {"dual_pooling": dual.facts()}
+    if recipe.dim:
+        projection = PCAProjection.fit(towers.documents.blocks(documents), recipe.dim)
+        return towers.project(projection), {"projection": projection.facts()}
+    return towers, {}
+
+
+def measure_indexes(recipe: Any, data: Any, towers: TwoTowerTeacher, space: Teacher, student: StudentModel) -> dict[str, Any]:
+    """Return {"index": the report}: the teacher at full size beside the student, over its own documents or the space's."""
+    if not recipe.index_report:
+        return {}
+    from hf_distill.evaluation.index import Space, index_report
+
+    documents, (queries, relevant) = list(data.documents.values()), data.rows_of()
+
+    def measure(encode: Any) -> dict[str, Any]:
+        known = (encode if recipe.symmetric else space.encode)(documents, prompt_name="document")
+        asked = encode(queries, prompt_name="query")
+        spaces = {"teacher": Space(towers.encode(documents, prompt_name="document"), towers.encode(queries))}
+        for dim in [space.dim, *(dim for dim in recipe.dims if recipe.dim and dim < space.dim)]:
+            spaces[f"student {dim}-d"] = Space(known[:, :dim], asked[:, :dim])
+        return {"index": index_report(spaces, relevant)}
+
+    return score([measure], student.encode)
+
+
+def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | None) -> list[Any]:
+    """Return the searches of dev and, where there is one, test; over these vectors, or documents encoded by what is scored.
+
+    Each time that the test queries are to be searched, a line is added to test-evaluations.jsonl beside the caches.
+    """
+    from hf_distill.evaluation.retrieval import RetrievalEvaluator
+
+    sides, found = ("query", "document"), [("dev", collections.dev)]
+    if collections.test:
+        found.append(("test", collections.test))
+        line = {"time": time.strftime("%F %T"), "collection": str(recipe.collection), "command": command(sys.argv)}
+        Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    return [RetrievalEvaluator(data, documents, recipe.dims, name, sides) for name, data in found]
