@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("evaluation"):
         for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}.items():
             report.evaluators = retrieval.evaluators(recipe, collections, encoder.encode(documents, prompt_name="document"))
-            report.add(name, encoder.encode, towers.num_parameters, encoder.dim, prefixes=False)
+            report.add(name, encoder.encode, towers.num_parameters, encoder.dim, prefixes=encoder is not towers)
         index = space.encode(documents, prompt_name="document") if inherited else None
         report.evaluators = retrieval.evaluators(recipe, collections, index)
-        report.add("untrained student", student.encode, student.num_parameters(), space.dim, prefixes=False)
+        report.add("untrained student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
 
     trainer = DistillationTrainer(
         model=student,
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
     with report.timed("evaluation"):
-        report.add("student", student.encode, student.num_parameters(), space.dim, prefixes=False)
+        report.add("student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
     with report.timed("index report"):
         space_facts |= retrieval.measure_indexes(recipe, collections.test or collections.dev, towers, space, student)
     print(report.finish(trainer, recipe, facts, **space_facts))

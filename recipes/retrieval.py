@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe on queries and documents is given: collection, teacher of both sides, rows to train on, searches."""
 
+import hashlib
 import json
 import random
 import sys
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from demo import EMBEDDED, gcide_collection
 from safetensors.torch import load_file
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.cross_encoder import CrossEncoderTeacher, DualPoolingTeacher, pair
-from hf_distill.data import find_leaks, require_texts
+from hf_distill.data import find_leaks, load_texts, require_texts
 from hf_distill.evaluation.report import command
 from hf_distill.negatives import mine_negatives
 from hf_distill.processes import score
@@ -77,41 +78,62 @@ def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
 
     queries = tower(recipe.query_prompt)
     if recipe.document_embeddings:
-        path = Path(recipe.document_embeddings)
-        folder = Path(recipe.cache_dir) / f"{path.stem}-{path.stat().st_size}-{path.stat().st_mtime_ns}"
-        return TwoTowerTeacher(
-            queries, TeacherCache.from_embeddings(documents, read_vectors(path), folder, f"{queries.name} ({path.name})")
-        )
+        vectors = read_vectors(recipe.document_embeddings)
+        digest = hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()[:12]
+        name = f"{queries.name} ({Path(recipe.document_embeddings).name} {digest})"
+        folder = Path(recipe.cache_dir) / f"index-{digest}"
+        return TwoTowerTeacher(queries, TeacherCache.from_embeddings(documents, vectors, folder, name))
     same = recipe.document_prompt == recipe.query_prompt
     towers = TwoTowerTeacher(queries, queries if same else tower(recipe.document_prompt))
     towers.documents.add(documents)
     return towers
 
 
-def read_vectors(path: Path) -> Any:
-    """Return [N, D] from a .npy, .safetensors (its only tensor) or .faiss file.
+def read_vectors(name: str) -> np.ndarray:
+    """Return [N, D] from a .npy, .safetensors (its only tensor) or .faiss file, or a data set's only column of vectors.
 
     Raises:
-        ValueError: If it is of another kind, or holds something else.
+        ValueError: If there is something else: queries would be matched with noise.
     """
+    path, vectors = Path(name), np.empty(0)
     if path.suffix == ".npy":
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     elif path.suffix == ".safetensors":
-        tensors = load_file(path)
-        vectors = next(iter(tensors.values())) if len(tensors) == 1 else np.empty(0)
+        tensors = list(load_file(path).values())
+        vectors = tensors[0].float().numpy() if len(tensors) == 1 else vectors
     elif path.suffix == ".faiss":
         import faiss
 
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(name)
         vectors = index.reconstruct_n(0, index.ntotal)
     else:
-        vectors = np.empty(0)
-    if vectors.ndim != 2 or not bool(np.isfinite(np.asarray(vectors)).all()):
+        table = load_texts(name).with_format("numpy")
+        columns = [column for column, feature in table.features.items() if not isinstance(feature, Value)]
+        vectors = np.asarray(table[columns[0]][:], np.float32) if len(columns) == 1 else vectors
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError(
-            f"--document_embeddings: {path} holds {tuple(vectors.shape)}, expected finite vectors [N, D] in a .npy, .faiss, or "
-            ".safetensors file of one tensor. Queries would be matched with noise."
+            f"--document_embeddings: {name} holds {vectors.shape}, expected finite vectors [N, D]: in a .npy, .faiss or "
+            ".safetensors file of one tensor, or in a data set's only column that is none of texts or numbers. Queries would "
+            "be matched with noise."
         )
     return vectors
+
+
+def require_match(queries: torch.Tensor, vectors: torch.Tensor, answers: list[list[int]]) -> None:
+    """Raise if queries are no closer to their own answers than to those of the next query, by the teacher.
+
+    Raises:
+        ValueError: If 50 % are, give or take three standard deviations of chance: so it would be in an index of another
+            teacher or another order.
+    """
+    own = vectors[[rows[0] for rows in answers]]
+    closer = ((queries * own).sum(-1) > (queries * own.roll(1, 0)).sum(-1)).float().mean().item()
+    if closer < 0.5 + 1.5 / len(answers) ** 0.5:
+        raise ValueError(
+            f"embed_distill: {closer:.0%} of the training queries are closer to their own answer than to another query's, by "
+            "the teacher's vectors, expected more than by chance. With an index of another teacher, or in another order than the collection, "
+            "queries would be matched with noise. Check --document_embeddings, --teacher and the prompts."
+        )
 
 
 def more_queries(recipe: Any, documents: list[str], seed: int) -> Dataset | None:
@@ -136,8 +158,9 @@ def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: i
     kept = [i for i in range(len(queries)) if i not in leaks]
     queries, answers = [queries[i] for i in kept], [answers[i] for i in kept]
     towers.queries.add(queries, collections.evaluated())
-    vectors = towers.documents.encode(documents)
-    found = mine_negatives(towers.encode(queries), vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed)
+    asked, vectors = towers.encode(queries), towers.documents.encode(documents)
+    require_match(asked, vectors, answers)
+    found = mine_negatives(asked, vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed)
     rows = [
         {"query": query, "positive": documents[answer], **{f"negative_{i + 1}": documents[n] for i, n in enumerate(others)}}
         for query, rows_of, others in zip(queries, answers, found.tolist(), strict=True)

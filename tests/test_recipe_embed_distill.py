@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_texts
+from datasets import Dataset
 from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
 
 from hf_distill import EncoderTeacher, StudentModel
+from hf_distill.evaluation.report import dimension_table
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -80,7 +82,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert all("embed_distill" in line["command"] or "pytest" in line["command"] for line in log)
 
 
-def test_both_towers_small_in_fewer_dimensions(run):
+def test_both_towers_small_in_fewer_dimensions(run, tmp_path):
     results = run("--symmetric", "true", "--dim", "8", "--test_split", "", "--label_weight", "0", "--score_weight", "0")
     assert list(results["rows"]) == ["teacher", "teacher, PCA 8", "untrained student", "student"]
     assert results["rows"]["student"]["dim"] == 8
@@ -88,13 +90,17 @@ def test_both_towers_small_in_fewer_dimensions(run):
     assert list(spaces) == ["teacher", "student 8-d", "student 4-d"]
     scores = results["rows"]["student"]["scores"]
     assert results["index"]["student 8-d, flat"]["ndcg"] == pytest.approx(scores["dev_ndcg10"], abs=0.1)
+    assert "dev_ndcg10@4" in scores
+    assert "dev_ndcg10@4" not in results["rows"]["teacher"]["scores"]
+    assert "dev nDCG@10 @4" in dimension_table(results)
+    assert (tmp_path / "out" / "dimensions.png").stat().st_size > 1000
     assert "inherited_columns" not in results
     assert not any(name.startswith("test_") for name in scores)
     lines = [line for line in results["log_history"] if "loss_document" in line]
     assert lines[0]["loss_document"] > lines[-1]["loss_document"] > 0.01
 
 
-@pytest.mark.parametrize("kind", ["npy", "safetensors", "faiss"])
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "faiss", "parquet"])
 def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_folder, tmp_path, monkeypatch, kind):
     import faiss
 
@@ -105,6 +111,8 @@ def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_fold
         np.save(path, vectors.numpy())
     elif kind == "safetensors":
         save_file({"embeddings": vectors}, path)
+    elif kind == "parquet":
+        Dataset.from_dict({"text": documents, "embedding": vectors.tolist()}).to_parquet(path)
     else:
         index = faiss.IndexFlatIP(24)
         index.add(vectors.numpy())
@@ -183,7 +191,11 @@ def test_wrong_input_is_refused_before_work(run, tmp_path, flags, message):
         run(*flags)
 
 
-def test_an_index_of_another_length_or_width_is_refused(run, tmp_path):
+def test_an_index_of_another_length_width_or_order_is_refused(run, collection, teacher_folder, tmp_path):
+    vectors = EncoderTeacher(teacher_folder).encode(collection[1]).numpy()
+    np.save(tmp_path / "turned.npy", np.roll(vectors, 7, axis=0))
+    with pytest.raises(ValueError, match=r"\d\d% of the training queries are closer"):
+        run("--document_embeddings", str(tmp_path / "turned.npy"), output="turned")
     np.save(tmp_path / "index.npy", np.ones((199, 24), np.float32))
     with pytest.raises(ValueError, match="200 texts but 199 vectors"):
         run("--document_embeddings", str(tmp_path / "index.npy"))

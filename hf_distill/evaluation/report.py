@@ -215,6 +215,9 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
     return "\n".join([text[0], rule, *text[1:]])
 
 
+_BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10")  # what is shown of the first k dimensions
+
+
 def score_table(results: Mapping[str, Any]) -> str:
     """Return the rows of results.json as a table: the scores at full width, with short headings."""
     rows = {}
@@ -241,9 +244,8 @@ def dimension_table(results: Mapping[str, Any]) -> str:
     for name, row in results["rows"].items():
         for key, value in row["scores"].items():
             score, _, dim = key.partition("@")
-            if dim and score in ("fidelity_spearman", "sts_avg"):
-                heading = "fidelity ρ" if score == "fidelity_spearman" else "STS avg"
-                rows.setdefault(name, {})[f"{heading} @{dim}"] = value
+            if dim and score in _BY_DIMENSION:
+                rows.setdefault(name, {})[f"{_heading(score)} @{dim}"] = value
     return table(rows) if rows else ""
 
 
@@ -280,7 +282,7 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
         axes.grid(alpha=0.3)
         figure.savefig(folder / "training.png", dpi=120)
         drawn.append("training.png")
-    kinds = [kind for kind in ("sts_avg", "fidelity_spearman") if any(f"{kind}@" in k for k in _keys(results))]
+    kinds = [kind for kind in _BY_DIMENSION if any(f"{kind}@" in k for k in _keys(results))]
     if kinds:
         figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.5), layout="constrained", squeeze=False)
         for axes, kind in zip(panels[0], kinds, strict=True):
@@ -290,8 +292,7 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
                     axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
                 elif kind in row["scores"]:
                     axes.axhline(row["scores"][kind], color="black", linestyle=":", label=f"{name} ({row['dim']}-d)")
-            heading = "STS average" if kind == "sts_avg" else "rank correlation with the teacher"
-            axes.set(xlabel="first dimensions used", ylabel=f"{heading} × 100", title=heading)
+            axes.set(xlabel="first dimensions used", ylabel=f"{_heading(kind)} × 100", title=_heading(kind))
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         figure.savefig(folder / "dimensions.png", dpi=120)
