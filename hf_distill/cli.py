@@ -77,6 +77,8 @@ def cache(
 def evaluate(
     encoder: Annotated[str, typer.Argument(help="Any encoder: folder or Hub id.")],
     sts: Annotated[Path | None, typer.Option(help="Folder of STS files; see the README.")] = None,
+    retrieval: Annotated[str | None, typer.Option(help="Folder or Hub id of a collection in BEIR's layout.")] = None,
+    split: Annotated[str, typer.Option(help="Its judgements to score by.")] = "test",
     teacher: Annotated[str | None, typer.Option(help="Compare with this encoder on --texts (fidelity).")] = None,
     texts: Annotated[str | None, typer.Option(help=_TEXTS)] = None,
     max_texts: Annotated[int, typer.Option(help="How many of them, the first.")] = 2000,
@@ -84,7 +86,7 @@ def evaluate(
     pooling: Annotated[str | None, typer.Option(help="mean, cls, last or pooler, without modules.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file, too.")] = None,
 ) -> None:
-    """Score any encoder: STS sets, and how far it agrees with a teacher.
+    """Score any encoder: STS sets, search, and how far it agrees with a teacher.
 
     Example: `hf-distill evaluate outputs/hpd --sts $DATA/sts --dim 32 --output scores.json`
     """
@@ -93,10 +95,14 @@ def evaluate(
     from .evaluation.similarity import FidelityEvaluator, STSEvaluator
     from .teachers import EncoderTeacher
 
-    if sts is None and (teacher is None or texts is None):
-        raise ValueError("evaluate: nothing to score by, expected --sts, or --teacher with --texts.")
+    if sts is None and retrieval is None and (teacher is None or texts is None):
+        raise ValueError("evaluate: nothing to score by, expected --sts, --retrieval, or --teacher with --texts.")
     model = EncoderTeacher(encoder, pooling=pooling)
     evaluators = [STSEvaluator(sts, dims=dim or [])] if sts else []
+    if retrieval:
+        from .evaluation.retrieval import RetrievalData, RetrievalEvaluator
+
+        evaluators.append(RetrievalEvaluator(RetrievalData.load(retrieval, split), dims=dim or []))
     if teacher and texts:
         name, names = split_source(texts)
         dataset = load_texts(name)

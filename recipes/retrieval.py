@@ -131,8 +131,8 @@ def require_match(queries: torch.Tensor, vectors: torch.Tensor, answers: list[li
     if closer < 0.5 + 1.5 / len(answers) ** 0.5:
         raise ValueError(
             f"embed_distill: {closer:.0%} of the training queries are closer to their own answer than to another query's, by "
-            "the teacher's vectors, expected more than by chance. With an index of another teacher, or in another order than the collection, "
-            "queries would be matched with noise. Check --document_embeddings, --teacher and the prompts."
+            "the teacher's vectors, expected more than by chance. With an index of another teacher, or in another order than "
+            "the collection, queries would be matched with noise. Check --document_embeddings, --teacher and the prompts."
         )
 
 

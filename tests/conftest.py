@@ -2,6 +2,7 @@
 """Tiny models made in memory; no network, no GPU. Every fixture folder is as a real one on the Hub would be."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -141,3 +142,23 @@ def student(backbone_folder):
 
     torch.manual_seed(0)
     return StudentModel.from_backbone(backbone_folder, projection_dim=24, dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory):
+    """200 documents; 100 training and 50 test queries, each its document without the last word."""
+    folder = tmp_path_factory.mktemp("collection")
+    documents = [text for text in make_texts(400, seed=11, longest=12) if len(text.split()) > 5][:200]
+    queries = [text.rsplit(" ", 1)[0] for text in documents[:150]]
+    assert (len(documents), len(set(queries))) == (200, 150)
+    (folder / "qrels").mkdir()
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries))
+    )
+    for split, rows in (("train", range(100)), ("test", range(100, 150))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder, documents, queries

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hf_distill import EncoderTeacher, StudentModel, TeacherCache
 from hf_distill.cli import app
+from hf_distill.evaluation.retrieval import RetrievalData, RetrievalEvaluator
 from hf_distill.evaluation.similarity import STS_SETS, FidelityEvaluator
 
 
@@ -58,6 +59,16 @@ def test_evaluate_prints_and_writes_the_librarys_scores(files, teacher_folder, s
     assert re.search(rf"sts_avg +│ +{scores['sts_avg']:.2f}", done.output)
 
 
+def test_evaluate_searches_a_collection(files, teacher_folder, collection):
+    options = ["--retrieval", collection[0], "--split", "train", "--output", files / "scores.json"]
+    done = call("evaluate", teacher_folder, *options)
+    assert done.exit_code == 0, done.output
+    scores = json.loads((files / "scores.json").read_text())["scores"]
+    data = RetrievalData.load(collection[0], "train")
+    assert len(data.queries) == 100
+    assert scores == pytest.approx(RetrievalEvaluator(data)(EncoderTeacher(teacher_folder).encode), rel=1e-4)
+
+
 def test_inspect_says_what_a_student_is(files, backbone_folder):
     student = StudentModel.from_backbone(backbone_folder, projection_dim=8, layers=[0, 2])
     student.save_pretrained(files / "student")
@@ -76,7 +87,7 @@ def test_inspect_says_what_a_student_is(files, backbone_folder):
     ("words", "message"),
     [
         (["evaluate", "nobody/nothing", "--sts", "x"], "neither a folder here nor a repository"),
-        (["evaluate", "nobody/nothing"], "expected --sts, or --teacher with --texts"),
+        (["evaluate", "nobody/nothing"], "expected --sts, --retrieval, or --teacher with --texts"),
         (["inspect", "."], "config.json"),
         (["cache", "nobody/nothing", "nowhere.txt", "--folder", "c"], "nowhere.txt is neither a file"),
     ],

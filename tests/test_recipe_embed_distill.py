@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_texts
 from datasets import Dataset
 from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
@@ -16,26 +15,6 @@ from hf_distill.evaluation.report import dimension_table
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-@pytest.fixture(scope="session")
-def collection(tmp_path_factory):
-    """200 documents; 100 training and 50 test queries, each its document without the last word."""
-    folder = tmp_path_factory.mktemp("collection")
-    documents = [text for text in make_texts(400, seed=11, longest=12) if len(text.split()) > 5][:200]
-    queries = [text.rsplit(" ", 1)[0] for text in documents[:150]]
-    assert (len(documents), len(set(queries))) == (200, 150)
-    (folder / "qrels").mkdir()
-    (folder / "corpus.jsonl").write_text(
-        "".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
-    )
-    (folder / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(queries))
-    )
-    for split, rows in (("train", range(100)), ("test", range(100, 150))):
-        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in rows)]
-        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    return folder, documents, queries
 
 
 @pytest.fixture

@@ -221,21 +221,35 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 
 def test_configs_are_found():
-    assert [path.stem for path in CONFIGS] == ["hpd_minilm_f128", "hpd_tinybert_f128"]
+    names = ["embed_distill_msmarco", "embed_distill_nq", "hpd_minilm_f128", "hpd_tinybert_f128"]
+    assert [path.stem for path in CONFIGS] == names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.chdir(tmp_path)
-    recipe_class = importlib.import_module(path.stem.split("_")[0]).HPDArguments
+    module, arguments = ("hpd", "HPDArguments") if "hpd" in path.stem else ("embed_distill", "EmbedDistillArguments")
+    recipe_class = getattr(importlib.import_module(module), arguments)
     flags = ["--config", str(path), "--use_cpu", "true", "--seed", "7"]
     recipe, args = parse_arguments(recipe_class, DistillationTrainingArguments, argv=flags)
-    assert (recipe.dim, recipe.activation, args.learning_rate, args.num_train_epochs, args.seed) == (128, "tanh", 1e-4, 5, 7)
-    settings = [line for line in path.read_text().splitlines() if not line.startswith(("#", "output_dir", "texts_subset"))]
+    assert (args.learning_rate, args.seed) == (1e-4, 7)
+    if module == "hpd":
+        assert (recipe.dim, recipe.activation, args.num_train_epochs) == (128, "tanh", 5)
+    else:
+        assert (recipe.metric, recipe.dim, recipe.query_weight, recipe.index_report) == ("l2", None, 1.0, False)
+        assert recipe.loss().parts == ("query", "document", "score", "label")
+    settings = [
+        line
+        for line in path.read_text().splitlines()
+        if not line.startswith(("#", "output_dir", "texts_subset", "train_split"))
+    ]
     bare = [line for line in settings if "#" not in line]
     assert len(settings) > 20
-    assert all(re.match(r"(eval_strategy|save_steps|load_best_model|greater_is_better|language)", line) for line in bare), bare
+    assert all(
+        re.match(r"(eval_strategy|save_steps|save_strategy|load_best_model|metric_for_best|greater_is_better|language)", line)
+        for line in bare
+    ), bare
 
 
 @pytest.mark.slow

@@ -65,7 +65,8 @@ class RetrievalData:
 
         Args:
             source: Folder with corpus.jsonl, queries.jsonl (`_id`, `title`, `text`; gz too) and qrels/<split>.tsv (`query-id`,
-                `corpus-id`, `score`), or a Hub id that has them as configurations corpus, queries and default ("mteb/scifact").
+                `corpus-id`, `score`), or a Hub id that has them as configurations corpus, queries and default ("mteb/scifact"),
+                or "BeIR/<name>", whose judgements lie in "BeIR/<name>-qrels".
             split: Which judgements.
             documents: The collection, if it is there already from another split.
 
@@ -80,7 +81,8 @@ class RetrievalData:
             queries = _texts(load_texts(parts["queries"]), "queries", source)
             documents = documents or _texts(load_texts(parts["corpus"]), "corpus", source)
         else:
-            qrels = load_texts(source, "default", split)
+            own = not str(source).startswith("BeIR/")
+            qrels = load_texts(source, "default", split) if own else load_texts(f"{source}-qrels", None, split)
             queries = _texts(load_texts(source, "queries", "queries"), "queries", source)
             documents = documents or _texts(load_texts(source, "corpus", "corpus"), "corpus", source)
         relevant: dict[str, dict[str, int]] = {}

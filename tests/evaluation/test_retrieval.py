@@ -5,6 +5,7 @@ import math
 import evaluate
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional
 
 from hf_distill.evaluation.metrics import retrieval_measures as retrieval_measures_file
@@ -125,6 +126,23 @@ def test_beir_folders_are_read_titles_before_texts_and_judged_queries_only(tmp_p
     assert data.relevant == {"1": {"4": 1, "5": 0}}
     with pytest.raises(FileNotFoundError, match=r"has no qrels/test.tsv \(or .gz\)"):
         RetrievalData.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "judgements"),
+    [("mteb/tiny", ("mteb/tiny", "default", "dev")), ("BeIR/tiny", ("BeIR/tiny-qrels", None, "dev"))],
+)
+def test_both_layouts_of_the_hub_are_read(monkeypatch, name, judgements):
+    parts = {
+        (name, "corpus", "corpus"): [{"_id": "d0", "title": "", "text": "a"}, {"_id": "d1", "title": "T", "text": "b"}],
+        (name, "queries", "queries"): [{"_id": "q0", "text": "c"}],
+        judgements: [{"query-id": "q0", "corpus-id": "d1", "score": 1}],
+    }
+    monkeypatch.setattr("hf_distill.evaluation.retrieval.load_texts", lambda *what: Dataset.from_list(parts.pop(what)))
+    data = RetrievalData.load(name, "dev")
+    assert (data.documents, data.queries) == ({"d0": "a", "d1": "T b"}, {"q0": "c"})
+    assert data.relevant == {"q0": {"d1": 1}}
+    assert parts == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EmbedDistill rung by rung, over seeds: `python benchmarks/ladder.py --name scifact -- --collection $DATA/scifact ...`.
+
+Runs recipes/embed_distill.py for each rung and seed with the flags behind `--`, one after the other, in outputs/NAME; finished
+runs are kept. Writes recipes/results/NAME_ladder.json: mean, least and greatest score over seeds. Rungs whose ranges overlap
+count as equal. `--reranker R` compares what that cross-encoder teaches instead, as NAME_reranker.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_distill.evaluation.report import provenance, table, write_results
+
+
+ROOT = Path(__file__).parents[1]
+SYMMETRIC = "--symmetric true --query_weight 0 --document_weight 0"
+LADDERS = {
+    "ladder": {
+        "labels": f"{SYMMETRIC} --score_weight 0",
+        "+ scores": SYMMETRIC,
+        "+ inherited documents": "--query_weight 0",
+        "+ query matching": "",
+        "+ made queries": "--spans 4",
+    },
+    "reranker": {
+        "labels": f"{SYMMETRIC} --score_weight 0",
+        "+ reranker's scores": f"{SYMMETRIC} --reranker {{}}",
+        "+ dual pooling": "--symmetric true --dual_pooling 256 --reranker {}",
+    },
+}
+
+
+def main() -> None:
+    """Run what is not finished; put the scores beside each other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--reranker")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("flags", nargs="*", help="of the recipe, behind --")
+    options = parser.parse_args()
+    ladder = "reranker" if options.reranker else "ladder"
+    folder = ROOT / "outputs" / f"{options.name}_{ladder}"
+    rungs: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        for number, (rung, more) in enumerate(LADDERS[ladder].items()):
+            output = folder / f"{number}-{seed}"
+            if not (output / "results.json").exists():
+                own = [*more.format(options.reranker).split(), "--seed", str(seed), "--output_dir", str(output)]
+                recipe = [sys.executable, str(ROOT / "recipes" / "embed_distill.py")]
+                subprocess.run([*recipe, *options.flags, *own, "--index_report", "false"], check=True)
+            rungs.setdefault(rung, []).append(json.loads((output / "results.json").read_text("utf-8")))
+    rows = {"teacher": cells([results["rows"]["teacher"]["scores"] for results in next(iter(rungs.values()))])}
+    rows |= {rung: cells([results["rows"]["student"]["scores"] for results in found]) for rung, found in rungs.items()}
+    for cell in rows.values():
+        cell["of the teacher"] = 100 * cell["test"] / rows["teacher"]["test"]
+    runs = {rung: [results["provenance"] for results in found] for rung, found in rungs.items()}
+    results = {"table": rows, "seeds": options.seeds, "runs": runs, "provenance": provenance(options.seeds[0])}
+    write_results(ROOT / "recipes" / "results", results, f"{options.name}_{ladder}")
+    print(table(rows))
+
+
+def cells(scores: list[dict[str, float]]) -> dict[str, Any]:
+    """Return nDCG@10 of dev and test, times 100: mean, and the range over the seeds."""
+    row: dict[str, Any] = {}
+    for split in ("dev", "test"):
+        values = [score[f"{split}_ndcg10"] for score in scores]
+        row |= {split: statistics.mean(values), f"{split}, range": f"{min(values):.2f}–{max(values):.2f}"}
+    return row
+
+
+if __name__ == "__main__":
+    main()
