@@ -71,6 +71,7 @@ class TeacherCache(Teacher):
         if dtype not in ("float16", "float32"):
             raise ValueError(f"TeacherCache: dtype is {dtype!r}, expected 'float16' or 'float32'.")
         self._live: Teacher | None = teacher
+        self.revision = teacher.revision
         settings = {"teacher": teacher.name, "dim": teacher.dim, "dtype": dtype, "fingerprint": teacher.fingerprint}
         self._attach(Path(folder), {**settings, "shard_size": shard_size, "batch_size": batch_size})
 

@@ -30,13 +30,15 @@ class Teacher(ABC):
     """What gives a target vector for every text.
 
     name: How results and cards call it. dim: length of a target. fingerprint: everything that changes the targets.
-    num_parameters: Weights of the model behind it; None where there is none (vectors from an API).
+    num_parameters: Weights of the model behind it; None where there is none (vectors from an API). revision: Its commit on the
+    Hub, if it came from there.
     """
 
     name: str
     dim: int
     fingerprint: dict[str, Any]
     num_parameters: int | None = None
+    revision: str | None = None
 
     @abstractmethod
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
@@ -282,6 +284,8 @@ class EncoderTeacher(Teacher):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype = dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
         self.folder = fetch(name, revision, code=trust_remote_code)
+        # The Hub's cache names a snapshot's folder by its commit.
+        self.revision = self.folder.name if self.folder.parent.name == "snapshots" else None
         layout = _read_layout(self.folder, str(name), pooling, normalize)
         self.pooling, self.normalize, self.lower = layout["pooling"], layout["normalize"], layout["lower"]
         self.prompt = layout["prompt"] if prompt is None else prompt

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     states = student.pooled([query for query, *_ in sample])
     student.start_projection(*starting_map(states, space.targets(sample)[:, 0]))
     if inherited:
-        student.settings["document_encoder"] = towers.documents.name
+        known = {"name": towers.queries.name, "revision": towers.queries.revision, "prompt": recipe.document_prompt}
+        student.settings["document_encoder"] = known
 
     with report.timed("evaluation"):
         for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}.items():

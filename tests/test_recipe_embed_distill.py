@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert lines[-1]["loss_query"] < lines[0]["loss_query"]
     assert max(line["loss_document"] for line in lines) < 1e-6
     student = StudentModel.from_pretrained(tmp_path / "out")
-    assert student.settings["document_encoder"] == Path(results["teacher"]).name
+    assert student.settings["document_encoder"] == {"name": results["teacher"], "revision": None, "prompt": None}
     kinds = ["flat", "int8", "IVF", "HNSW", "binary, rescored"]  # 200 documents are too few for PQ
     assert list(results["index"]) == [f"{side}, {kind}" for side in ("teacher", "student 24-d") for kind in kinds]
     assert results["index"]["student 24-d, flat"]["ndcg"] == pytest.approx(rows["student"]["test_ndcg10"], abs=0.1)
@@ -54,11 +55,24 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     card = (tmp_path / "out" / "README.md").read_text()
     assert "student 24-d, int8" in card
     assert "(index.png)" in card
+    assert f'documents = SentenceTransformer("{results["teacher"]}")' in card
     assert "test nDCG@10" in card
     assert results["teacher"] in card
     log = [json.loads(line) for line in (tmp_path / "caches" / "test-evaluations.jsonl").read_text().splitlines()]
     assert len(log) == 2  # over the teacher's index: once for the teacher, once for the students
     assert all("embed_distill" in line["command"] or "pytest" in line["command"] for line in log)
+
+
+def test_config_and_card_name_the_commit_and_the_prompt_of_the_document_encoder(run, teacher_folder, tmp_path):
+    commit = tmp_path / "hub" / "snapshots" / ("c0ffee" * 7)[:40]
+    shutil.copytree(teacher_folder, commit)
+    prompts = ["--query_prompt", "red ", "--document_prompt", "red "]
+    run("--teacher", str(commit), "--teacher_name", "an/encoder", *prompts, "--num_train_epochs", "1")
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["hf_distill"]["document_encoder"]
+    assert saved == {"name": "an/encoder", "revision": commit.name, "prompt": "red "}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'documents = SentenceTransformer("an/encoder", revision="{commit.name}")' in card
+    assert 'normalize_embeddings=True, prompt="red ")' in card
 
 
 def test_both_towers_small_in_fewer_dimensions(run, tmp_path):
