@@ -171,6 +171,14 @@ def test_queries_and_documents_have_a_teacher_each(make, rows):
     assert trainer.run_facts["teacher"] == "constant 1.0 over constant 2.0"
 
 
+def test_inherited_vectors_are_as_long_as_the_students_own(make):
+    for output, length in (("embedding", 1.0), ("projected", 2.0 * 24**0.5)):
+        loss = Spy(output)
+        trainer = make(loss=loss, inherited_columns=DOCUMENTS, teacher=Constant(2.0))
+        trainer.compute_loss(trainer.model, batch_of(trainer))
+        assert torch.allclose(loss.seen[:, 1:].norm(dim=-1), torch.tensor(length))
+
+
 def test_both_sides_go_through_a_projection(everything, rows):
     projection = PCAProjection.fit(everything, dim=5)
     teacher = TwoTowerTeacher(everything, everything).project(projection)
