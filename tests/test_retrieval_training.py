@@ -186,6 +186,14 @@ def test_both_sides_go_through_a_projection(everything, rows):
     assert torch.allclose(teacher.targets([row])[0], projection(everything.encode(row)))
 
 
+def test_two_towers_encode_what_they_are_told(everything):
+    teacher = TwoTowerTeacher(Constant(1.0), Constant(2.0))
+    assert teacher.encode(["a"])[0, 0] == teacher.encode(["a"], prompt_name="query")[0, 0] == 1.0
+    assert teacher.encode(["a"], prompt_name="document")[0, 0] == 2.0
+    projected = teacher.project(PCAProjection.fit(everything, dim=5))
+    assert torch.allclose(projected.encode(["a"], prompt_name="document"), 2 * projected.encode(["a"]))
+
+
 def test_an_index_of_another_space_is_refused(everything):
     with pytest.raises(ValueError, match=r"have 24 dimensions, documents of constant 2.0 7, expected one space"):
         TwoTowerTeacher(everything, Constant(2.0, 7))
