@@ -123,41 +123,17 @@ class RecipeArguments:
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters; all linear layers if not given."}
     )
-    texts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id; or 'gcide', the embedded "
-            "default. Of several, each distinct text is taken once; name:a,b takes the columns a and b of one of them."
-        },
-    )
-    texts_subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    texts_name: str | None = field(default=None, metadata={"help": "What results and card call them, if not that."})
-    max_texts: int | None = field(default=None, metadata={"help": "Train on a random sample of so many rows."})
-    synonyms: int = field(
-        default=0, metadata={"help": "Rounds of synonym replacement by WordNet (extra augment); each adds as many texts."}
-    )
-    back_translation: list[str] | None = field(
-        default=None, metadata={"help": "Two translation models, there and back; adds as many texts."}
-    )
-    held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
-    sts: str | None = field(
-        default=None,
-        metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."},
-    )
-    sts_dev: str | None = field(
-        default=None,
-        metadata={"help": "Folder with stsb-dev: adds the row that settings may be chosen by; as --sts leaves the training."},
-    )
     dims: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "First dimensions of an embedding to score as well."}
     )
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
+    texts_name: str | None = field(default=None, metadata={"help": "What results and card call the texts, if not as they are."})
     license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
 
     def __post_init__(self) -> None:
         for name in ("texts", "teacher"):  # a YAML file may name the only one without a list
-            if isinstance(getattr(self, name), str):
+            if isinstance(getattr(self, name, None), str):
                 setattr(self, name, [getattr(self, name)])
 
     def teacher_options(self) -> dict[str, Any]:
@@ -198,6 +174,36 @@ class RecipeArguments:
             "texts_name",
         )
         return {key: value for key, value in asdict(self).items() if key not in places}
+
+
+@dataclass
+class TextArguments(RecipeArguments):
+    """What a recipe on texts, or rows of texts, asks for beside."""
+
+    texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training text: a tsv/csv/jsonl/parquet/txt file (gz too), folder or Hub id; or 'gcide', the embedded "
+            "default. Of several, each distinct text is taken once; name:a,b takes the columns a and b of one of them."
+        },
+    )
+    texts_subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    max_texts: int | None = field(default=None, metadata={"help": "Train on a random sample of so many rows."})
+    synonyms: int = field(
+        default=0, metadata={"help": "Rounds of synonym replacement by WordNet (extra augment); each adds as many texts."}
+    )
+    back_translation: list[str] | None = field(
+        default=None, metadata={"help": "Two translation models, there and back; adds as many texts."}
+    )
+    held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
+    sts: str | None = field(
+        default=None,
+        metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."},
+    )
+    sts_dev: str | None = field(
+        default=None,
+        metadata={"help": "Folder with stsb-dev: adds the row that settings may be chosen by; as --sts leaves the training."},
+    )
 
 
 @dataclass

@@ -57,12 +57,13 @@ def fill_in(recipe: Any) -> None:
         recipe.backbone, recipe.backbone_name = teacher_folder(), TEACHER
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
-    if getattr(recipe, "collection", EMBEDDED) is None:
-        recipe.collection, recipe.language = EMBEDDED, recipe.language or "en"
-    if recipe.texts is None:
-        recipe.texts, recipe.language = [EMBEDDED], recipe.language or "en"
+    data = "collection" if hasattr(recipe, "collection") else "texts"
+    if getattr(recipe, data) is None:
+        setattr(recipe, data, EMBEDDED if data == "collection" else [EMBEDDED])
+        recipe.language = recipe.language or "en"
     if recipe.texts_name is None:
-        names = [Path(name).name if Path(name).exists() else name for name, _ in map(split_source, recipe.texts)]
+        sources = [recipe.collection] if data == "collection" else [name for name, _ in map(split_source, recipe.texts)]
+        names = [Path(name).name if Path(name).exists() else name for name in sources]
         recipe.texts_name = " + ".join(TEXTS if name == EMBEDDED else name for name in names)
 
 

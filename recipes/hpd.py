@@ -6,7 +6,7 @@ from itertools import islice
 
 from inputs import begin, open_student, open_teacher, sts_evaluators, training_texts
 
-from hf_distill.arguments import RecipeArguments
+from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss, SimilarityLoss, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
@@ -17,7 +17,7 @@ STARTS = ("auto", "pca", "orthogonal", "random")
 
 
 @dataclass
-class HPDArguments(RecipeArguments):
+class HPDArguments(TextArguments):
     """What is HPD's own."""
 
     dim: int = field(default=128, metadata={"help": "Dimensions of the embedding: the teacher's PCA to so many."})

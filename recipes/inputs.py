@@ -16,7 +16,7 @@ from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.student import StudentModel
-from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher
+from hf_distill.teachers import EncoderTeacher, JointTeacher
 from hf_distill.trainer import claim_output_dir
 
 
@@ -61,11 +61,11 @@ def sts_evaluators(recipe: Any) -> list[STSEvaluator]:
     return tests + ([STSEvaluator(recipe.sts_dev, STS_DEV_SETS)] if recipe.sts_dev else [])
 
 
-def open_teacher(recipe: Any) -> Teacher:
-    """Return the cached teacher that `--teacher` names, or the joint one of several."""
+def open_teacher(recipe: Any, prompt: str | None = None) -> Any:
+    """Return the cached teacher that `--teacher` names, or the joint one of several; the prompt is put before every text."""
     caches = []
     for name in recipe.teacher:
-        teacher = EncoderTeacher(name, **recipe.teacher_options())
+        teacher = EncoderTeacher(name, prompt=prompt, **recipe.teacher_options())
         if recipe.teacher_name and len(recipe.teacher) == 1:
             teacher.name = recipe.teacher_name
         caches.append(TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 from demo import EMBEDDED, gcide_collection
+from inputs import open_teacher
 from safetensors.torch import load_file
 
 from hf_distill.cache import TeacherCache, cache_folder
@@ -25,7 +26,7 @@ from hf_distill.processes import score
 from hf_distill.projection import PCAProjection
 from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
 from hf_distill.student import StudentModel
-from hf_distill.teachers import EncoderTeacher, Teacher, TwoTowerTeacher
+from hf_distill.teachers import Teacher, TwoTowerTeacher
 
 
 @dataclass
@@ -70,13 +71,7 @@ def open_collection(recipe: Any) -> Collections:
 
 def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
     """Return the cached teacher of queries and of documents; vectors that exist already are not encoded again."""
-
-    def tower(prompt: str | None) -> TeacherCache:
-        teacher = EncoderTeacher(recipe.teacher[0], prompt=prompt, **recipe.teacher_options())
-        teacher.name = recipe.teacher_name or teacher.name
-        return TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size)
-
-    queries = tower(recipe.query_prompt)
+    queries = open_teacher(recipe, recipe.query_prompt)
     if recipe.document_embeddings:
         vectors = read_vectors(recipe.document_embeddings)
         digest = hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()[:12]
@@ -84,7 +79,7 @@ def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
         folder = Path(recipe.cache_dir) / f"index-{digest}"
         return TwoTowerTeacher(queries, TeacherCache.from_embeddings(documents, vectors, folder, name))
     same = recipe.document_prompt == recipe.query_prompt
-    towers = TwoTowerTeacher(queries, queries if same else tower(recipe.document_prompt))
+    towers = TwoTowerTeacher(queries, queries if same else open_teacher(recipe, recipe.document_prompt))
     towers.documents.add(documents)
     return towers
 

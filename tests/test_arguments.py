@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_distill import DistillationTrainingArguments, EncoderTeacher, StudentModel, parse_arguments
-from hf_distill.arguments import RecipeArguments
+from hf_distill.arguments import TextArguments
 
 
 @dataclass
@@ -83,7 +83,7 @@ def test_the_token_is_in_no_saved_file(tmp_path):
     assert opened.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("cls", [DistillationTrainingArguments, RecipeArguments])
+@pytest.mark.parametrize("cls", [DistillationTrainingArguments, TextArguments])
 def test_every_field_of_ours_has_help(cls, capsys):
     own = [f for f in fields(cls) if f.name in cls.__annotations__]
     assert len(own) >= 8
@@ -97,9 +97,9 @@ def test_every_field_of_ours_has_help(cls, capsys):
 
 
 def test_what_is_trained_tells_runs_apart_and_what_is_measured_does_not():
-    same = RecipeArguments().identity()
-    assert RecipeArguments(sts="sts", dims=[8], cache_dir="x", license="mit", language="en").identity() == same
-    assert RecipeArguments(teacher_name="x", backbone_name="x", texts_name="x").identity() == same
+    same = TextArguments().identity()
+    assert TextArguments(sts="sts", dims=[8], cache_dir="x", license="mit", language="en").identity() == same
+    assert TextArguments(teacher_name="x", backbone_name="x", texts_name="x").identity() == same
     others = {
         "teacher": "x",
         "layers": [1],
@@ -110,11 +110,11 @@ def test_what_is_trained_tells_runs_apart_and_what_is_measured_does_not():
         "dropout": 0.1,
     }
     for key, value in others.items():
-        assert RecipeArguments(**{key: value}).identity() != same, key
+        assert TextArguments(**{key: value}).identity() != same, key
 
 
 def test_recipes_hand_on_what_models_are_made_from():
-    recipe = RecipeArguments(
+    recipe = TextArguments(
         teacher_revision="main",
         teacher_pooling="cls",
         teacher_max_length=9,
@@ -149,8 +149,8 @@ def test_flags_become_fields_of_each_class(tmp_path):
         "--texts",
         "x.tsv",
     ]
-    recipe, args = parse_arguments(RecipeArguments, DistillationTrainingArguments, argv=argv)
-    assert isinstance(recipe, RecipeArguments)
+    recipe, args = parse_arguments(TextArguments, DistillationTrainingArguments, argv=argv)
+    assert isinstance(recipe, TextArguments)
     assert isinstance(args, DistillationTrainingArguments)
     assert (recipe.layers, recipe.texts, recipe.held_out) == ([0, 2], ["x.tsv"], 2000)
     assert (args.output_dir, args.bf16, args.learning_rate) == (str(tmp_path), True, 2e-4)
@@ -158,28 +158,28 @@ def test_flags_become_fields_of_each_class(tmp_path):
 
 def test_without_argv_the_command_line_is_read(monkeypatch):
     monkeypatch.setattr("sys.argv", ["hpd.py", "--held_out", "7"])
-    assert parse_arguments(RecipeArguments)[0].held_out == 7
+    assert parse_arguments(TextArguments)[0].held_out == 7
 
 
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
 def test_values_come_from_the_file(form, yaml_file):
     path = yaml_file("texts: x.tsv\nlayers: [0, 3]\ndims: []\nheld_out: 9\nmax_length: null\ndropout: 0.25\n")
-    (recipe,) = parse_arguments(RecipeArguments, argv=form.format(path).split())
-    expected = RecipeArguments(texts="x.tsv", layers=[0, 3], dims=[], held_out=9, dropout=0.25)
+    (recipe,) = parse_arguments(TextArguments, argv=form.format(path).split())
+    expected = TextArguments(texts="x.tsv", layers=[0, 3], dims=[], held_out=9, dropout=0.25)
     assert recipe == expected
 
 
 def test_flags_win_over_the_file_wherever_they_stand(yaml_file):
     path = yaml_file("held_out: 9\nlayers: [0, 3]\nmax_texts: 4\n")
-    (recipe,) = parse_arguments(RecipeArguments, argv=["--held_out", "5", "--config", path, "--layers", "1"])
+    (recipe,) = parse_arguments(TextArguments, argv=["--held_out", "5", "--config", path, "--layers", "1"])
     assert (recipe.held_out, recipe.layers, recipe.max_texts) == (5, [1], 4)
 
 
 def test_the_file_wins_over_the_recipes_defaults(yaml_file):
     path = yaml_file("held_out: 9\n")
-    (recipe,) = parse_arguments(RecipeArguments, argv=["--config", path], held_out=1, max_texts=3)
+    (recipe,) = parse_arguments(TextArguments, argv=["--config", path], held_out=1, max_texts=3)
     assert (recipe.held_out, recipe.max_texts) == (9, 3)
-    (recipe,) = parse_arguments(RecipeArguments, argv=[], held_out=1)
+    (recipe,) = parse_arguments(TextArguments, argv=[], held_out=1)
     assert recipe.held_out == 1
 
 
@@ -194,29 +194,29 @@ def test_numbers_that_yaml_reads_as_strings_become_numbers(yaml_file, tmp_path):
 
 def test_a_value_of_the_wrong_type_is_refused(yaml_file, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(RecipeArguments, argv=["--config", yaml_file("held_out: many\n")])
+        parse_arguments(TextArguments, argv=["--config", yaml_file("held_out: many\n")])
     assert "argument --held_out" in capsys.readouterr().err
 
 
 def test_an_empty_file_changes_nothing(yaml_file):
-    assert parse_arguments(RecipeArguments, argv=["--config", yaml_file("# nothing\n")]) == (RecipeArguments(),)
+    assert parse_arguments(TextArguments, argv=["--config", yaml_file("# nothing\n")]) == (TextArguments(),)
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion(yaml_file):
     with pytest.raises(ValueError, match=r"run\.yaml has the key 'held_uot', .* Did you mean 'held_out'\?"):
-        parse_arguments(RecipeArguments, argv=["--config", yaml_file("held_uot: 9\n")])
+        parse_arguments(TextArguments, argv=["--config", yaml_file("held_uot: 9\n")])
     with pytest.raises(ValueError, match="the key 'qqqqqq', .* See --help"):
-        parse_arguments(RecipeArguments, argv=["--config", yaml_file("qqqqqq: 9\n")])
+        parse_arguments(TextArguments, argv=["--config", yaml_file("qqqqqq: 9\n")])
 
 
 def test_a_key_of_another_recipe_is_unknown(yaml_file):
     with pytest.raises(ValueError, match="the key 'learning_rate'"):
-        parse_arguments(RecipeArguments, argv=["--config", yaml_file("learning_rate: 1e-4\n")])
+        parse_arguments(TextArguments, argv=["--config", yaml_file("learning_rate: 1e-4\n")])
 
 
 def test_an_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(RecipeArguments, argv=["--held_uot", "9"])
+        parse_arguments(TextArguments, argv=["--held_uot", "9"])
     assert stop.value.code == 2
     assert "--held_uot" in capsys.readouterr().err
 
@@ -226,13 +226,13 @@ def test_an_abbreviated_flag_is_refused(flag, yaml_file, capsys):
     # A file named by --conf would be ignored, and a token given as --hub_tok be published in results.json.
     value = yaml_file("held_out: 9\n") if flag == "--conf" else "9"
     with pytest.raises(SystemExit):
-        parse_arguments(RecipeArguments, argv=[flag, value])
+        parse_arguments(TextArguments, argv=[flag, value])
     assert flag in capsys.readouterr().err
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml is not there"):
-        parse_arguments(RecipeArguments, argv=["--config", str(tmp_path / "nowhere.yaml")])
+        parse_arguments(TextArguments, argv=["--config", str(tmp_path / "nowhere.yaml")])
 
 
 def test_a_required_flag_may_stand_in_the_file(yaml_file, capsys):

@@ -41,6 +41,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert rows["student"]["dev_ndcg10"] > rows["untrained student"]["dev_ndcg10"]
     assert results["data"]["columns"] == ["query", "positive", "negative_1", "negative_2"]
     assert (results["data"]["held_out"], results["data"]["documents"]) == (20, 200)
+    assert results["data"]["name"] == collection[0].name
     assert results["data"]["rows"] == results["data"]["queries"] > 250
     assert results["inherited_columns"] == ["positive", "negative_1", "negative_2"]
     lines = [line for line in results["log_history"] if "loss_query" in line]
@@ -182,6 +183,12 @@ def test_wrong_input_is_refused_before_work(run, tmp_path, flags, message):
     flags = [str(tmp_path / "index.npy") if flag == "INDEX" else flag for flag in flags]
     with pytest.raises(ValueError, match=message):
         run(*flags)
+
+
+def test_settings_of_other_recipes_are_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--texts", "some.txt")
+    assert "unrecognized arguments: --texts" in capsys.readouterr().err
 
 
 def test_an_index_of_another_length_width_or_order_is_refused(run, collection, teacher_folder, tmp_path):

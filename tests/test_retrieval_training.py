@@ -1,5 +1,6 @@
 """Training on queries and documents: inherited documents, two teachers, rerankers."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -351,6 +352,25 @@ def test_dual_pooling_finds_the_directions_that_the_score_is_made_of():
     assert again.fingerprint == dual.fingerprint
     assert torch.equal(again.targets(rows[:5]), targets[:5])
     assert DualPoolingTeacher.fit(Matching(), rows[::-1], dim=4, steps=1).fingerprint != dual.fingerprint
+
+
+class Noise(Matching):
+    """Pairs whose score has nothing to do with them."""
+
+    def encode(self, texts, batch_size=64, show_progress_bar=None):
+        chance = [int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) % 1000 / 500 - 1 for text in texts]
+        return torch.cat([torch.tensor(chance)[:, None], super().encode(texts)[:, 1:]], dim=1)
+
+
+def test_agreement_is_that_on_queries_which_were_not_fitted_to():
+    rows = [[f"q{i}", f"d{1000 + 2 * i}", f"d{1001 + 2 * i}"] for i in range(60)]
+    dual = DualPoolingTeacher.fit(Noise(), rows, dim=16, steps=600)
+    known = [row for i, row in enumerate(rows) if i % 10 != 9]
+    targets = dual.targets(known)
+    cosines = torch.einsum("bd,bcd->bc", targets[:, 0], targets[:, 1:]).flatten()
+    scores = Noise().encode([pair(row[0], text) for row in known for text in row[1:]])[:, 0]
+    assert torch.corrcoef(torch.stack([cosines, scores]))[0, 1] > 0.7  # learned by heart
+    assert dual.agreement < 0.6
 
 
 def test_a_query_gets_the_mean_of_what_its_documents_made_of_it(pooled, rows):
