@@ -16,13 +16,14 @@ from datasets import Dataset, Value
 from demo import EMBEDDED, gcide_collection
 from inputs import open_teacher
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.cross_encoder import CrossEncoderTeacher, DualPoolingTeacher, pair
 from hf_distill.data import find_leaks, load_texts, require_texts
 from hf_distill.evaluation.report import command
 from hf_distill.negatives import mine_negatives
-from hf_distill.processes import score
+from hf_distill.processes import process_state, score
 from hf_distill.projection import PCAProjection
 from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
 from hf_distill.student import StudentModel
@@ -121,7 +122,7 @@ def require_match(queries: torch.Tensor, vectors: torch.Tensor, answers: list[li
         ValueError: If 50 % are, give or take three standard deviations of chance: so it would be in an index of another
             teacher or another order.
     """
-    own = vectors[[rows[0] for rows in answers]]
+    queries, own = (functional.normalize(side, dim=-1) for side in (queries, vectors[[rows[0] for rows in answers]]))
     closer = ((queries * own).sum(-1) > (queries * own.roll(1, 0)).sum(-1)).float().mean().item()
     if closer < 0.5 + 1.5 / len(answers) ** 0.5:
         raise ValueError(
@@ -221,6 +222,7 @@ def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | 
     sides, found = ("query", "document"), [("dev", collections.dev)]
     if collections.test:
         found.append(("test", collections.test))
+    if collections.test and process_state().is_main_process:
         line = {"time": time.strftime("%F %T"), "collection": str(recipe.collection), "command": command(sys.argv)}
         Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
