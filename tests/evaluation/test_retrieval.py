@@ -106,6 +106,15 @@ def test_a_document_with_the_id_of_the_query_is_not_found():
     assert scores["retrieval_mrr10"] == 100
 
 
+def test_a_document_with_the_id_of_the_query_takes_no_place_from_the_hundredth():
+    # Documents 1 to 149 in falling order of cosine to the query, which is document 0; the answer is the hundredth beside it.
+    data = RetrievalData({str(i): str(i) for i in range(150)}, {"0": "0"}, {"0": {"100": 1}})
+    scores = RetrievalEvaluator(data)(lambda texts: [[1.0, int(text) / 50] for text in texts])
+    assert (scores["retrieval_recall100"], scores["retrieval_map100"]) == (100, pytest.approx(1))
+    later = RetrievalData(data.documents, data.queries, {"0": {"101": 1}})
+    assert RetrievalEvaluator(later)(lambda texts: [[1.0, int(text) / 50] for text in texts])["retrieval_recall100"] == 0
+
+
 def write(folder, corpus, queries, qrels, split="test"):
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, corpus)).encode()))
