@@ -33,6 +33,12 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
     return cells
 
 
+def origin(results: dict[str, Any]) -> dict[str, Any]:
+    """Return all scores of one run's student, and what made it."""
+    made = {key: results["provenance"][key] for key in ("command", "commit", "seed")}
+    return {"scores": results["rows"]["student"]["scores"], "timings_s": results["timings_s"], **made}
+
+
 def points(scores: dict[str, float]) -> list[tuple[int, float]]:
     """Return (first dimensions, STS average) of a row of scores, in order."""
     return sorted((int(key.split("@")[1]), value) for key, value in scores.items() if key.startswith("sts_avg@"))
@@ -76,14 +82,7 @@ def main() -> None:
     rows = {name: {COLUMNS[key]: scores[key] for key in COLUMNS if key in scores} for name, scores in teachers.items()}
     results = {
         "table": {name: row(run) for name, run in runs.items()} | rows,
-        "runs": {
-            name: {
-                "scores": run["rows"]["student"]["scores"],
-                "timings_s": run["timings_s"],
-                **{key: run["provenance"][key] for key in ("command", "commit", "seed")},
-            }
-            for name, run in runs.items()
-        },
+        "runs": {name: origin(run) for name, run in runs.items()},
         "provenance": provenance(None),
     }
     write_results(RESULTS, results, options.name)

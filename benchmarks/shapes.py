@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from compare import origin
+
 from hf_distill import EncoderTeacher
 from hf_distill.evaluation.report import provenance, pyplot, table, write_results
 
@@ -59,7 +61,8 @@ def main() -> None:
             "from": min(ratios),
             "to": max(ratios),
         }
-    write_results(RECIPES / "results", {"table": rows, "provenance": provenance(None)}, options.name)
+    runs = {name: origin(run) for name, run in results.items()}
+    write_results(RECIPES / "results", {"table": rows, "runs": runs, "provenance": provenance(None)}, options.name)
     draw(rows, RECIPES / "results" / f"{options.name}.png")
     print(table(rows))
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -221,8 +222,8 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 
 def test_configs_are_found():
-    names = ["embed_distill_msmarco", "embed_distill_nq", "hpd_minilm_f128", "hpd_tinybert_f128"]
-    assert [path.stem for path in CONFIGS] == names
+    embed_distill, hpd = ["embed_distill_msmarco", "embed_distill_nq"], ["hpd_minilm_f128", "hpd_mpnet", "hpd_tinybert_f128"]
+    assert [path.stem for path in CONFIGS] == embed_distill + hpd
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -233,23 +234,34 @@ def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, 
     recipe_class = getattr(importlib.import_module(module), arguments)
     flags = ["--config", str(path), "--use_cpu", "true", "--seed", "7"]
     recipe, args = parse_arguments(recipe_class, DistillationTrainingArguments, argv=flags)
-    assert (args.learning_rate, args.seed) == (1e-4, 7)
-    if module == "hpd":
-        assert (recipe.dim, recipe.activation, args.num_train_epochs) == (128, "tanh", 5)
-    else:
+    assert args.seed == 7
+    if module == "embed_distill":
         assert (recipe.metric, recipe.dim, recipe.query_weight, recipe.index_report) == ("l2", None, 1.0, False)
         assert recipe.loss().parts == ("query", "document", "score", "label")
-    settings = [
-        line
-        for line in path.read_text().splitlines()
-        if not line.startswith(("#", "output_dir", "texts_subset", "train_split"))
-    ]
+    else:
+        assert recipe.dim == 128
+    if path.stem.endswith("_f128"):
+        assert (recipe.activation, args.learning_rate, args.num_train_epochs) == ("tanh", 1e-4, 5)
+    named = ("#", "output_dir", "texts_subset", "train_split")
+    settings = [line for line in path.read_text().splitlines() if not line.startswith(named)]
     bare = [line for line in settings if "#" not in line]
-    assert len(settings) > 20
-    assert all(
-        re.match(r"(eval_strategy|save_steps|save_strategy|load_best_model|metric_for_best|greater_is_better|language)", line)
-        for line in bare
-    ), bare
+    assert len(settings) > 12
+    plain = r"(teacher:|backbone:|dim|license|eval_str|save_|load_best|metric_for_best|greater_is_better|language)"
+    assert all(re.match(plain, line) for line in bare), bare
+
+
+def test_the_config_of_the_published_student_is_what_its_run_was_given(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    classes = (importlib.import_module("hpd").HPDArguments, DistillationTrainingArguments)
+    made = json.loads((RECIPES / "results" / "hpd_mpnet.json").read_text())["provenance"]["command"]
+    (run, run_args), (recipe, args) = (
+        parse_arguments(*classes, argv=[*argv, "--use_cpu", "true"])
+        for argv in (shlex.split(made)[1:], ["--config", str(RECIPES / "configs" / "hpd_mpnet.yaml")])
+    )
+    differing = {key for key, value in recipe.identity().items() if value != run.identity()[key]}
+    assert differing == {"teacher", "backbone", "texts"}  # local copies of the models, more text
+    for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "warmup_steps", "lr_scheduler_type"):
+        assert getattr(args, name) == getattr(run_args, name), name
 
 
 @pytest.mark.slow
