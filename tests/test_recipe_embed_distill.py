@@ -150,6 +150,25 @@ def test_both_towers_learn_what_a_rerankers_states_say(run, backbone_folder, tmp
     assert lines[-1]["loss_document"] < lines[0]["loss_document"]
 
 
+def test_queries_stand_beside_their_answers_and_made_ones_beside_their_documents(
+    collection, teacher_folder, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    retrieval, arguments = importlib.import_module("retrieval"), importlib.import_module("embed_distill").EmbedDistillArguments
+    options = {"collection": str(collection[0]), "teacher": [teacher_folder], "cache_dir": str(tmp_path)}
+    recipe = arguments(spans=1, negatives=2, **options)
+    collections = retrieval.open_collection(recipe)
+    towers = retrieval.open_towers(recipe, collection[1])
+    rows, facts = retrieval.rows(recipe, collections, towers, 1)
+    given = set(collections.train.queries.values())
+    made = [row for row in rows if row["query"] not in given]
+    assert len(made) + 80 >= len(rows) > 150
+    assert facts["made_queries"] >= len(made) > 80
+    for row in rows:  # a query is its document without the last word, or a part of it
+        assert row["query"] in row["positive"]
+        assert len({row["positive"], row["negative_1"], row["negative_2"]}) == 3
+
+
 def test_a_sample_of_the_documents_keeps_all_answers(run):
     results = run("--max_documents", "60", "--max_queries", "20", "--num_train_epochs", "1")
     assert (results["data"]["documents"], results["data"]["held_out"]) == (60, 4)
