@@ -162,10 +162,11 @@ def test_queries_stand_beside_their_answers_and_made_ones_beside_their_documents
     rows, facts = retrieval.rows(recipe, collections, towers, 1)
     given = set(collections.train.queries.values())
     made = [row for row in rows if row["query"] not in given]
-    assert len(made) + 80 >= len(rows) > 150
     assert facts["made_queries"] >= len(made) > 80
+    assert len(rows) >= len(made) + 70
     for row in rows:  # a query is its document without the last word, or a part of it
         assert row["query"] in row["positive"]
+        assert row["query"] != row["positive"]
         assert len({row["positive"], row["negative_1"], row["negative_2"]}) == 3
 
 
