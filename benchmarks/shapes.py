@@ -51,9 +51,11 @@ def main() -> None:
     for name, encoder in encoders.items():
         ratios = [a / b for a, b in zip(seconds["teacher"], seconds[name], strict=True)]
         row = teacher_row if name == "teacher" else results[name]["rows"]["student"]
+        start = {} if name == "teacher" else {"STS avg before": results[name]["rows"]["untrained student"]["scores"]["sts_avg"]}
         rows[name] = {
             "parameters M": encoder.num_parameters / 1e6,
             "dim": encoder.dim,
+            **start,
             "STS avg": row["scores"]["sts_avg"],
             "fidelity": row["scores"]["fidelity_spearman"],
             "texts/s": options.texts / statistics.median(seconds[name]),
@@ -79,9 +81,10 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         for name, row in rows.items():
             axes.plot(row[what], row["STS avg"], "o")
             axes.annotate(name, (row[what], row["STS avg"]), textcoords="offset points", xytext=(6, 4), fontsize="small")
-        axes.set(xscale="log", xlabel=what if what != "parameters M" else "parameters (millions)", title=f"Quality over {what}")
+        axes.set(xscale="log")
+        axes.margins(x=0.25)  # room for the names
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="STS average × 100")
+    panels[0].set(ylabel="STS average × 100", xlabel="parameters (millions)")
     panels[1].set(xlabel="encode speed, times the teacher's")
     figure.savefig(path, dpi=120)
 
