@@ -51,9 +51,11 @@ def main() -> None:
     for name, encoder in encoders.items():
         ratios = [a / b for a, b in zip(seconds["teacher"], seconds[name], strict=True)]
         row = teacher_row if name == "teacher" else results[name]["rows"]["student"]
+        start = {} if name == "teacher" else {"STS avg before": results[name]["rows"]["untrained student"]["scores"]["sts_avg"]}
         rows[name] = {
             "parameters M": encoder.num_parameters / 1e6,
             "dim": encoder.dim,
+            **start,
             "STS avg": row["scores"]["sts_avg"],
             "fidelity": row["scores"]["fidelity_spearman"],
             "texts/s": options.texts / statistics.median(seconds[name]),
