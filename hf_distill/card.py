@@ -18,6 +18,7 @@ _PAPERS = {
     "2301.12005": "EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval (Kim and others, 2023)",
 }
 _STS = {"task_type": "STS", "metric_type": "cosine_spearman", "metric_name": "Spearman × 100"}
+_SEARCH = {"task_type": "information-retrieval", "metric_type": "cosine_ndcg@10", "metric_name": "nDCG@10 × 100"}
 
 
 def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has_projection: bool = False) -> str:
@@ -51,11 +52,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], facts["teacher"]]) if _is_hub_id(hub_id)]
         or None,
         datasets=[facts["data"]["name"]] if _is_hub_id(facts["data"].get("name")) else None,
-        eval_results=[
-            EvalResult(dataset_type=set_name, dataset_name=set_name, metric_value=round(scores[f"sts_{set_name}"], 2), **_STS)
-            for set_name in [key.removeprefix("sts_") for key in scores if key.startswith("sts_") and "avg" not in key]
-        ]
-        or None,
+        eval_results=_eval_results(scores, facts["data"].get("name")) or None,
     )
     tables = {}
     if measured:
@@ -78,6 +75,18 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         has_projection=has_projection,
     )
     return str(card)
+
+
+def _eval_results(scores: Mapping[str, float], collection: str | None) -> list[EvalResult]:
+    """Return what the Hub lists: each STS set, without averages, and the search of the test queries."""
+    values = {key.removeprefix("sts_"): (value, _STS) for key, value in scores.items() if key.startswith("sts_")}
+    values = {name: value for name, value in values.items() if "avg" not in name}
+    if "test_ndcg10" in scores:
+        values[f"{collection}, test queries"] = (scores["test_ndcg10"], _SEARCH)
+    return [
+        EvalResult(dataset_type=name.split(",")[0], dataset_name=name, metric_value=round(value, 2), **kind)
+        for name, (value, kind) in values.items()
+    ]
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -115,6 +115,13 @@ def test_the_head_holds_the_students_score_of_each_set(make):
     assert {r.task_type for r in results} == {"STS"}
 
 
+def test_the_head_holds_the_search_of_the_test_queries_and_not_that_of_dev(make):
+    scores = {"dev_ndcg10": 70.111, "test_ndcg10": 61.456, "test_recall10": 75.0, "test_ndcg10@64": 58.0}
+    (result,) = ModelCard(make(changed(rows__student__scores=scores))).data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("information-retrieval", "cosine_ndcg@10", 61.46)
+    assert (result.dataset_type, result.dataset_name) == ("org/texts", "org/texts, test queries")
+
+
 def test_the_head_is_the_first_thing_and_plain_yaml(make):
     card = make()
     assert card.startswith("---\n")

@@ -2,28 +2,32 @@
 """Make the tables and cards of the committed results again: `make cards`; a difference afterwards is an error."""
 
 import json
+import re
 from pathlib import Path
 
 from hf_distill.card import run_card
-from hf_distill.evaluation.report import dimension_table, score_table, table
+from hf_distill.evaluation.report import dimension_table, index_table, score_table, table
 
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BEGIN, END = "<!-- results: made by `make cards` from recipes/results/*.json -->", "<!-- end of results -->"
-README = "hpd"  # whose table the README shows: the default run
+# What the README shows of the default runs: between these two lines, made by `make cards`.
+SHOWN = re.compile(r"(<!-- results of (\w+): made by `make cards` -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
 
 
 def section(name: str, results: dict) -> str:
     """Return the tables of one run, and how it was made."""
-    provenance = results["provenance"]
+    provenance, data = results["provenance"], results["data"]
     minutes = ", ".join(f"{what} {seconds / 60:.0f} min" for what, seconds in results["timings_s"].items())
+    text = f"Text: {data['rows']} of {data['name']}."
+    if "documents" in data:
+        text = f"{data['queries']} queries to train on, {data['documents']} documents: {data['name']}."
+    parts = [score_table(results), dimension_table(results), index_table(results["index"]) if "index" in results else ""]
     return "\n\n".join(
         [
-            score_table(results),
-            dimension_table(results),
+            *filter(None, parts),
             f"`{provenance['command']}`, seed {provenance['seed']}, commit {provenance['commit']}; {minutes} on "
-            f"{provenance['hardware']}. Text: {results['data']['rows']} of {results['data']['name']}. "
+            f"{provenance['hardware']}. {text} "
             f"[JSON](recipes/results/{name}.json), [card](model_cards/{name}.md).",
         ]
     )
@@ -46,17 +50,17 @@ def main() -> None:
             text = text.replace(f"{{{name}}}", table(results["table"]))
     runs = {name: results for name, results in runs.items() if "rows" in results}
     for name, results in runs.items():
+        plots = [path.name for path in sorted(HERE.glob(f"{name}.*.png"))]
         text += f"\n## {name}\n\n{section(name, results)}\n".replace("(recipes/results/", "(").replace(
             "(model_cards/", "(../../model_cards/"
         )
-        card = run_card(results, name, has_projection=True)
+        text += "".join(f"\n![{plot.split('.')[-2]} of {name}]({plot})\n" for plot in plots)
+        card = run_card(results, name, [f"../recipes/results/{plot}" for plot in plots], "projection" in results)
         (ROOT / "model_cards" / f"{name}.md").write_text(card + "\n", encoding="utf-8")
     (HERE / "README.md").write_text(text, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    shown = f"\n{section(README, runs[README])}\n" if README in runs else ""
-    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
+    readme = SHOWN.sub(lambda part: f"{part[1]}\n{section(part[2], runs[part[2]])}\n{part[3]}", readme)
+    (ROOT / "README.md").write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":
