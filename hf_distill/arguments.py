@@ -28,6 +28,13 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Text columns of the data set, in order; all but label and score if not given."},
     )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Texts of one forward pass, for a batch beyond memory: computed in such parts, twice, and compared as a "
+            "whole (gradient caching)."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "group_by_length (rows of similar length in a batch), random or sequential."},

@@ -203,8 +203,7 @@ class DistillationCollator:
             ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         texts = [[row[column] for column in self.columns] for row in rows]
-        number = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(texts)))}
-        batch = {**batch, "texts": torch.tensor([[number[text] for text in row] for row in texts])}
+        batch = {**batch, "texts": torch.tensor([[_number(text) for text in row] for row in texts])}
         if self.teacher is not None:
             # Never under the name `labels`: the Trainer would take it for a model's own loss.
             batch["targets"] = self.teacher.targets(texts)
@@ -212,6 +211,11 @@ class DistillationCollator:
             pairs = [pair(row[0], document) for row in texts for document in row[1:]]
             batch["scores"] = self.reranker.encode(pairs)[:, 0].reshape(len(rows), -1)
         return batch
+
+
+def _number(text: str) -> int:
+    """Return a number for a text, the same on every process; two texts of one batch share it with a chance of about 1e-13."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
 
 
 class LengthGroupedSampler(Sampler[int]):

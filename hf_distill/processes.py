@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor
 
 
 Encode = Callable[..., Any]
@@ -84,6 +85,26 @@ def require_same(facts: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:40]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def gather_rows(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of all processes' rows, [W * B, ...] from [B, ...] of each, in order of rank; every process calls it.
+
+    The gradient reaches a process's own rows only, times the number of processes W: each computes the same loss of the whole
+    batch, and the mean of their gradients (DDP, FSDP, ZeRO) is then the gradient of that loss.
+    """
+    state = process_state()
+    if state.num_processes == 1:
+        return dict(values)
+    found = {}
+    for name, value in values.items():
+        own = value.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(state.num_processes)]
+        torch.distributed.all_gather(parts, own)
+        if value.requires_grad:
+            parts[state.process_index] = own + (value - own) * state.num_processes
+        found[name] = torch.cat(parts)
+    return found
 
 
 def score(evaluators: Sequence[Evaluator], encode: Encode) -> dict[str, float]:

@@ -30,6 +30,7 @@ POOLINGS = {
     "last": "pooling_mode_lasttoken",
 }
 ACTIVATIONS = {"identity": nn.Identity, "tanh": nn.Tanh}
+TRAINING_HEAD = "training_head.safetensors"  # in checkpoints only
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -118,11 +119,13 @@ class StudentOutput(ModelOutput):
     embedding: [N, D], what is deployed: projected, and of unit length if the student normalises.
     projected: [N, D], the same before normalisation.
     last_hidden_state: [N, T, H], the backbone's token states.
+    feature: [N, D'], the embedding behind the training-only head, if there is one.
     """
 
     embedding: Tensor | None = None
     projected: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    feature: Tensor | None = None
 
 
 class StudentModel(PreTrainedModel):
@@ -154,6 +157,7 @@ class StudentModel(PreTrainedModel):
         if settings["projection_dim"] is not None:
             self.projection = nn.Linear(config.hidden_size, settings["projection_dim"], bias=settings["bias"])
         self.activation = ACTIVATIONS[settings["activation"]]()
+        self.training_head: nn.Linear | None = None
         self.tokenizer: Any = None
         self.post_init()
         self._freeze_pooler()
@@ -164,6 +168,10 @@ class StudentModel(PreTrainedModel):
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
+
+    def add_training_head(self, dim: int, bias: bool = True) -> None:
+        """Put a Linear D -> dim behind the embedding, for a loss that compares it with wider vectors; never published."""
+        self.training_head = nn.Linear(self.dim, dim, bias=bias)
 
     @property
     def dim(self) -> int:
@@ -309,6 +317,8 @@ class StudentModel(PreTrainedModel):
             ValueError: If a weight is missing, left over or of another shape; nothing is trained on from a random head.
         """
         saved = type(self).from_pretrained(str(folder), config=self.config, dtype=self.dtype).state_dict()
+        if (Path(folder) / TRAINING_HEAD).exists():
+            saved |= load_file(Path(folder) / TRAINING_HEAD)
         try:
             self.load_state_dict(saved)
         except RuntimeError as error:
@@ -374,7 +384,8 @@ class StudentModel(PreTrainedModel):
             if self.projection is not None:
                 projected = self.activation(self.projection(projected))
             embedding = nn.functional.normalize(projected, dim=-1) if self.settings["normalize"] else projected
-        return StudentOutput(embedding=embedding, projected=projected, last_hidden_state=hidden)
+            feature = None if self.training_head is None else self.training_head(embedding)
+        return StudentOutput(embedding=embedding, projected=projected, last_hidden_state=hidden, feature=feature)
 
     def _embed(self, batch: list[str], prefix: str = "") -> StudentOutput:
         options = {"padding": True, "truncation": True, "max_length": self.settings["max_length"]}
@@ -479,26 +490,15 @@ class StudentModel(PreTrainedModel):
     def _write_sentence_transformers(self, folder: Path, projection: dict[str, Tensor]) -> None:
         settings, hidden = self.settings, self.config.hidden_size
         modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-        _write_json(
-            folder / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": hidden,
-                **{flag: name == settings["pooling"] for name, flag in POOLINGS.items()},
-                "include_prompt": True,
-            },
-        )
+        pooling = {flag: name == settings["pooling"] for name, flag in POOLINGS.items()}
+        pooling = {"word_embedding_dimension": hidden, **pooling, "include_prompt": True}
+        _write_json(folder / "1_Pooling" / "config.json", pooling)
         if self.projection is not None:
             modules.append(("2_Dense", "Dense"))
             activation = ACTIVATIONS[settings["activation"]]
-            _write_json(
-                folder / "2_Dense" / "config.json",
-                {
-                    "in_features": hidden,
-                    "out_features": settings["projection_dim"],
-                    "bias": settings["bias"],
-                    "activation_function": f"{activation.__module__}.{activation.__qualname__}",
-                },
-            )
+            dense = {"in_features": hidden, "out_features": settings["projection_dim"], "bias": settings["bias"]}
+            dense["activation_function"] = f"{activation.__module__}.{activation.__qualname__}"
+            _write_json(folder / "2_Dense" / "config.json", dense)
             tensors = {f"linear.{key}": value.cpu() for key, value in projection.items()}
             save_file(tensors, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
         if settings["normalize"]:

@@ -11,7 +11,9 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 
@@ -22,14 +24,14 @@ from .cross_encoder import pair
 from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
 from .layout import check_layout
 from .losses import DistillationLoss
-from .processes import Evaluator, require_same, require_strategy, score
-from .student import StudentModel
+from .processes import Evaluator, gather_rows, require_same, require_strategy, score
+from .student import TRAINING_HEAD, StudentModel
 from .teachers import ProjectedTeacher, Teacher
 
 
 RUN_FILE = "distillation.json"
 # What a checkpoint needs to go on, and nobody else should get.
-_NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
+_NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", TRAINING_HEAD)
 
 
 class DistillationTrainer(Trainer):
@@ -209,8 +211,11 @@ class DistillationTrainer(Trainer):
         """Return the sum of the loss's parts, a mean over the batch."""
         inputs = dict(inputs)
         batch = {name: inputs.pop(name) for name in ("targets", "scores", "texts") if name in inputs}
-        outputs = model(**inputs)
-        parts = self.loss.of({name: self._columns_of(outputs, name, batch) for name in self.loss.outputs}, batch)
+        outputs = self._forward(model, inputs)
+        fields = {name: self._columns_of(outputs[name], name, batch) for name in self.loss.outputs}
+        if self.loss.in_batch:
+            fields, batch = gather_rows(fields), gather_rows(batch)
+        parts = self.loss.of(fields, batch)
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
             finite = all(bool(torch.isfinite(value).all()) for value in batch.values())
@@ -226,9 +231,20 @@ class DistillationTrainer(Trainer):
             self._add({"padding": 1 - mask.sum() / mask.numel()})
         return (loss, outputs) if return_outputs else loss
 
-    def _columns_of(self, outputs: Any, name: str, batch: dict[str, Tensor]) -> Tensor:
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+        """Return the student's output of the whole batch, with the activations of `mini_batch_size` texts in memory."""
+        size = self.args.mini_batch_size
+        if size is None or not model.training:
+            return model(**inputs)
+        # Gradient caching (Gao et al. 2021, https://huggingface.co/papers/2101.06983): embeddings first, in parts, then the
+        # loss of all of them, then each part once more, for its gradient.
+        blocks = [dict(zip(inputs, part, strict=True)) for part in zip(*(v.split(size) for v in inputs.values()), strict=True)]
+        parts = [recompute(model, use_reentrant=False, **block) for block in blocks]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.loss.outputs}
+
+    def _columns_of(self, value: Tensor, name: str, batch: dict[str, Tensor]) -> Tensor:
         """Return a field of the student's output as [B, C, ...]; inherited columns are the teacher's."""
-        value = getattr(outputs, name).float()
+        value = value.float()
         value = value.reshape(len(batch["texts"]), len(self.read), *value.shape[1:])  # [N] -> [B, columns that are read]
         if not self.inherited:
             return value
@@ -279,7 +295,12 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            if not isinstance(model, StudentModel) and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+            weights = model.state_dict() if state_dict is None else state_dict
+            head = {key: value.contiguous() for key, value in weights.items() if key.startswith("training_head.")}
+            if checkpoint and head:
+                save_file(head, folder / TRAINING_HEAD)
+            if not isinstance(model, StudentModel) and not checkpoint:
                 for adapter in folder.glob("adapter_*"):
                     adapter.unlink()
                 merged(model).save_pretrained(folder)
@@ -442,7 +463,17 @@ def _require_teachers(
             f"DistillationTrainer: there is a reranker, but {type(loss).__name__} uses no scores. It would be paid for and not "
             "heard. Use ScoreDistillation(reranker=True), or leave it out."
         )
-    if "targets" in needed and teacher.dim != student.dim:
+    head = student.training_head
+    width = None if head is None else head.out_features
+    wanted = teacher.dim if "feature" in loss.outputs else None
+    if width != wanted:
+        raise ValueError(
+            f"DistillationTrainer: the student's training-only head gives {width} dimensions, {type(loss).__name__} compares "
+            f"{wanted} of the teacher with them, expected as many (None for no head). The head would learn nothing, or nothing "
+            "be learned through it. Call student.add_training_head(teacher.dim) if, and only if, the loss looks at `feature`."
+        )
+    compared = {*loss.as_wide, *(["embedding"] if inherited else [])} - {"feature"}
+    if compared and teacher.dim != student.dim:
         raise ValueError(
             f"DistillationTrainer: the student gives {student.dim} dimensions, the teacher {teacher.name} {teacher.dim}, "
             f"expected as many. Make the student with projection_dim={teacher.dim}, or reduce the teacher: "

@@ -55,7 +55,7 @@ def runs(folder):
     for processes in (1, 2):
         succeed("ddp", folder, processes)
         (folder / f"models-{processes}").mkdir()
-        for name in ("sequential", "grouped", "uneven", "lora", "stream"):
+        for name in ("sequential", "grouped", "uneven", "lora", "translations", "in parts", "stream"):
             (folder / name).rename(folder / f"models-{processes}" / name)
     return {n: json.loads((folder / f"ddp-{n}.json").read_text()) for n in (1, 2)}
 
@@ -67,7 +67,7 @@ def test_two_processes_are_two_and_end_with_equal_parameters(runs):
     assert runs[2]["evaluated on"] == [0]
 
 
-@pytest.mark.parametrize("name", ["sequential", "grouped", "lora", "stream"])
+@pytest.mark.parametrize("name", ["sequential", "grouped", "lora", "translations", "in parts", "stream"])
 def test_two_halves_of_a_batch_are_the_batch(name, runs, folder):
     one, two = (runs[n]["runs"][name] for n in (1, 2))
     assert len(one["losses"]) >= 20
@@ -78,6 +78,13 @@ def test_two_halves_of_a_batch_are_the_batch(name, runs, folder):
     first, second = (load_file(folder / f"models-{n}" / name / "2_Dense" / "model.safetensors") for n in (1, 2))
     assert torch.allclose(first["linear.weight"], second["linear.weight"], atol=1e-5)
     check_layout(folder / "models-2" / name)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_in_parts_is_the_batch(processes, runs):
+    whole, parts = (runs[processes]["runs"][name] for name in ("translations", "in parts"))
+    for what in ("losses", "norms", "parts"):
+        assert parts[what] == pytest.approx(whole[what], rel=2e-4)
 
 
 def test_uneven_last_batches_are_filled_and_nobody_waits(runs):

@@ -35,6 +35,7 @@ def test_rooms_keep_to_themselves():
         "losses/base.py": ({"torch"}, set()),
         "losses/embed_distill.py": ({"torch"}, {"base"}),
         "losses/hpd.py": ({"torch"}, {"base"}),
+        "losses/lealla.py": ({"torch"}, {"base"}),
         "losses/similarity.py": ({"torch"}, {"base"}),
         "shards.py": ({"numpy", "safetensors"}, set()),
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),

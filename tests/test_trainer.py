@@ -21,6 +21,7 @@ from hf_distill import (
 )
 from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
+from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation
 from hf_distill.teachers import Teacher
 from hf_distill.trainer import claim_output_dir, last_checkpoint
 
@@ -622,3 +623,79 @@ def test_a_batch_that_does_not_fit_is_made_smaller(make):
     assert sizes[:3] == [8, 7, 6]
     assert set(sizes[3:]) == {6}
     assert trainer.state.global_step == 16
+
+
+# Losses that compare the texts of a batch, and training-only heads
+
+
+@pytest.fixture
+def translate(make, backbone_folder, texts):
+    """Return a trainer of pairs; the student's embeddings are half as wide as the teacher's."""
+
+    def start(loss=None, head=24, **options):
+        student = options.pop("model", None)
+        if student is None:
+            student = make_student(backbone_folder, dim=12)
+            if head:
+                student.add_training_head(head)
+        loss = loss or WeightedLoss([AdditiveMarginSoftmax(), FeatureDistillation(), LogitDistillation()], {"logit": 10.0})
+        rows = Dataset.from_dict({"source": texts[:48], "target": texts[48:]})
+        return make(model=student, loss=loss, train_dataset=rows, **{"logging_steps": 1, "num_train_epochs": 3, **options})
+
+    return start
+
+
+def test_translations_are_learned_with_every_part_and_the_head_is_not_published(translate):
+    trainer = translate(num_train_epochs=10, learning_rate=5e-3, logging_strategy="epoch", save_strategy="epoch")
+    before = weights(trainer.student)
+    trainer.train()
+    assert all(not torch.equal(before[key], value) for key, value in weights(trainer.student).items() if "pooler" not in key)
+    assert len(losses(trainer, "loss_logit")) == 10
+    for part in ("ams", "feature"):  # translations at random have no cosines that all three could agree on
+        found = losses(trainer, f"loss_{part}")
+        assert found[-1] < found[0]
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    assert (Path(last_checkpoint(folder)) / "training_head.safetensors").exists()
+    assert not (folder / "training_head.safetensors").exists()
+    again = StudentModel.from_pretrained(folder)
+    assert not [key for key in again.state_dict() if "training_head" in key]
+    check_layout(folder)
+
+
+def test_cosines_of_a_wider_teacher_are_learned_without_a_head(translate):
+    trainer = translate(LogitDistillation(), head=None, num_train_epochs=10, learning_rate=5e-3, logging_strategy="epoch")
+    trainer.train()
+    found = losses(trainer, "loss_logit")
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_a_head_is_resumed_as_it_was(translate, backbone_folder):
+    whole = translate(max_steps=12, save_strategy="steps", save_steps=4, save_total_limit=None)
+    whole.train()
+    folder = Path(whole.args.output_dir)
+    torch.manual_seed(5)
+    other = make_student(backbone_folder, dim=12)
+    other.add_training_head(24)
+    resumed = translate(model=other, max_steps=12, save_strategy="steps", save_steps=4, save_total_limit=None)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert resumed.resumed_at == 4
+    assert losses(resumed)[-8:] == losses(whole)[-8:]
+    assert_equal(weights(resumed.student), weights(whole.student))
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(translate):
+    plain, parts = translate(output="plain"), translate(output="parts", mini_batch_size=5)
+    calls = []
+    parts.student.register_forward_hook(lambda *_: calls.append(_[2]["embedding"].shape[0]))
+    for trainer in (plain, parts):
+        trainer.train()
+    assert set(calls) == {5, 1}  # 16 texts: three parts of five, and one
+    assert losses(parts) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(parts, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
+
+
+def test_heads_that_do_not_fit_the_loss_are_refused(translate):
+    for head, loss in ((None, None), (23, None), (24, AdditiveMarginSoftmax())):
+        with pytest.raises(ValueError, match=r"training-only head gives .* expected as many"):
+            translate(head=head, loss=loss)

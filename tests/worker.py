@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments, HPDLoss, PCAProjection, StudentModel, TeacherCache
+from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
 from hf_distill.processes import score
 
 
@@ -61,6 +62,21 @@ def trainer(name, **options):
     return DistillationTrainer(model=student, args=args, **given)
 
 
+def translations():
+    """Return what trains on pairs; of the 24 sentences on the left each stands there four times, on either process."""
+    torch.manual_seed(0)
+    student = StudentModel.from_backbone(str(FOLDER / "backbone"), projection_dim=12, dropout=0.0)
+    student.add_training_head(24)
+    left, right = make_texts(24), make_texts(ROWS)
+    return {
+        "model": student,
+        "loss": WeightedLoss([AdditiveMarginSoftmax(), FeatureDistillation(), LogitDistillation()]),
+        "train_dataset": Dataset.from_dict({"source": [left[i % 7] for i in range(ROWS)], "target": right}),
+        "eval_dataset": None,
+        "num_train_epochs": 2,
+    }
+
+
 def digest(model):
     return [round(value.double().sum().item(), 12) for value in model.state_dict().values()]
 
@@ -81,19 +97,23 @@ def ddp():
         "grouped": {"num_train_epochs": 2, "train_sampling_strategy": "group_by_length"},
         "uneven": {"num_train_epochs": 2, "train_dataset": data(rows=91)},
         "lora": {"num_train_epochs": 2, "peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        "translations": translations(),
+        "in parts": {**translations(), "mini_batch_size": 3},
         "stream": {"max_steps": 20, "train_dataset": data(stream=True), "train_sampling_strategy": "group_by_length"},
     }
     for name, options in runs.items():
-        run = trainer(name, evaluators=[evaluator], eval_dataset=data(rows=32), per_device_eval_batch_size=4, **options)
+        options = {"eval_dataset": data(rows=32), **options}
+        run = trainer(name, evaluators=[evaluator], per_device_eval_batch_size=4, **options)
         run.train()
         scores = run.evaluate()
         run.save_model()
-        everyone = gather_object([(digest(run.student), {key: scores[key] for key in ("eval_sum", "eval_rows", "eval_loss")})])
+        found = {key: scores[key] for key in ("eval_sum", "eval_rows", "eval_loss") if key in scores}
+        everyone = gather_object([(digest(run.student), found)])
         log = [line for line in run.state.log_history if "loss" in line]
         facts["runs"][name] = {
             "losses": [line["loss"] for line in log],
             "norms": [line["grad_norm"] for line in log],
-            "parts": [line["loss_mse"] for line in log],
+            "parts": [line[f"loss_{part}"] for line in log for part in run.loss.parts],
             "equal": all(other == everyone[0] for other in everyone),
             "scores": everyone[0][1],
         }

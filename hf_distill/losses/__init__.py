@@ -4,14 +4,18 @@
 from .base import DistillationLoss, WeightedLoss
 from .embed_distill import ContrastiveLoss, EmbeddingMatching, ScoreDistillation
 from .hpd import HPDLoss
+from .lealla import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation
 from .similarity import SimilarityLoss
 
 
 __all__ = [
+    "AdditiveMarginSoftmax",
     "ContrastiveLoss",
     "DistillationLoss",
     "EmbeddingMatching",
+    "FeatureDistillation",
     "HPDLoss",
+    "LogitDistillation",
     "ScoreDistillation",
     "SimilarityLoss",
     "WeightedLoss",

@@ -19,18 +19,27 @@ class DistillationLoss(ABC):
         normalisation) or "last_hidden_state".
     parts: Names of what it returns, known before the first batch.
     needs: What it needs of the batch beside the student's outputs: "targets" (a teacher's vectors) or "scores" (a reranker's).
+    in_batch: Whether it compares rows of a batch with each other, so that it sees the rows of all processes as one batch.
+    any_width: Whether the teacher's vectors may be of another dimension than the student's.
     paper: Where the formula comes from.
     """
 
     output: str = "embedding"
     parts: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("targets",)
+    in_batch: bool = False
+    any_width: bool = False
     paper: str = ""
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The fields of the student's output that it compares."""
         return (self.output,)
+
+    @property
+    def as_wide(self) -> tuple[str, ...]:
+        """The fields of the student's output that must be as wide as the teacher's vectors."""
+        return self.outputs if "targets" in self.needs and not self.any_width else ()
 
     def facts(self) -> dict[str, Any]:
         """Return its name and settings, as plain JSON."""
@@ -113,6 +122,16 @@ class WeightedLoss(DistillationLoss):
     def needs(self) -> tuple[str, ...]:
         """What all losses need."""
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.needs))
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether one of them compares rows of a batch."""
+        return any(loss.in_batch for loss in self.losses)
+
+    @property
+    def as_wide(self) -> tuple[str, ...]:
+        """Those of all losses."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.as_wide))
 
     def facts(self) -> dict[str, Any]:
         """Return the weights and what the losses are."""

@@ -163,7 +163,7 @@ class ContrastiveLoss(DistillationLoss):
     Karpukhin et al. 2020, https://huggingface.co/papers/2004.04906.
     A document that stands in the batch again (two queries may share one) is no negative.
 
-    The negatives are those of one batch on one device.
+    The negatives are those of one batch, on all processes.
 
     Args:
         temperature: What cosines are divided by.
@@ -177,6 +177,7 @@ class ContrastiveLoss(DistillationLoss):
 
     parts = ("label",)
     needs = ()
+    in_batch = True
     paper = "2301.12005"
 
     def __init__(self, temperature: float = 0.05) -> None:

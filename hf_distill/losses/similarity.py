@@ -17,7 +17,7 @@ class SimilarityLoss(DistillationLoss):
     Source: Tung and Mori 2019, https://huggingface.co/papers/1907.09682.
     Differs from the paper: cosines, whose diagonal is always 1 and is left out, in place of products scaled by row.
 
-    The pairs are those of one batch on one device, so accumulation over two batches is not one batch of twice the size.
+    The pairs are those of one batch, on all processes; accumulation over two batches is not one batch of twice the size.
 
     Example:
         >>> import torch
@@ -27,6 +27,7 @@ class SimilarityLoss(DistillationLoss):
 
     output = "projected"
     parts = ("similarity",)
+    in_batch = True
     paper = "1907.09682"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
