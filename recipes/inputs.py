@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.augment import BackTranslation, SynonymReplacement, augment
-from hf_distill.build import from_scratch, prune_vocabulary
+from hf_distill.build import from_scratch
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
@@ -18,6 +18,7 @@ from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher
 from hf_distill.trainer import claim_output_dir
+from hf_distill.vocabulary import prune_vocabulary
 
 
 def begin(name: str, paper: str, arguments: type, argv: list[str] | None) -> tuple[Any, Any, RunReport]:

@@ -41,6 +41,7 @@ def test_rooms_keep_to_themselves():
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),
         "adapters.py": ({"torch", "peft"}, {"student"}),
         "build.py": ({"torch", "transformers"}, {"student"}),
+        "vocabulary.py": ({"torch", "transformers"}, {"student"}),
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
         "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"student"}),
         "cache.py": ({"torch", "transformers", "numpy"}, {"processes", "shards", "teachers"}),

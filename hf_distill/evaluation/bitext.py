@@ -94,8 +94,7 @@ class BitextEvaluator:
         return list(dict.fromkeys(text for first, second in self.pairs.values() for text in first + second))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return averages ("tatoeba_avg", "tatoeba_<group>") and each language ("tatoeba:deu", its mean of "tatoeba:deu>eng"
-        and "tatoeba:eng>deu")."""
+        """Return {"tatoeba_avg", "tatoeba_<group>", ...} and, by language, "tatoeba:deu>eng", "tatoeba:eng>deu", "tatoeba:deu"."""
         row = {text: i for i, text in enumerate(self.texts())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}

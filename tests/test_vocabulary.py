@@ -1,0 +1,173 @@
+import logging
+import random
+
+import pytest
+import torch
+from conftest import make_texts
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModel, BertConfig, BertTokenizer, PreTrainedTokenizerFast, XLMRobertaConfig
+
+from hf_distill import StudentModel
+from hf_distill.layout import check_layout
+from hf_distill.vocabulary import prune_vocabulary
+
+
+PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] cat cats dog dogs hot hotdog ##s ##dog ##house sun sea".split()
+LETTERS = sorted(set("acdeghnostuy"))
+VOCABULARY = [*PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS if letter != "s")]
+
+
+@pytest.fixture
+def wordpiece(tmp_path):
+    """Return a student with a WordPiece tokenizer whose special tokens do not stand first."""
+    vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    BertTokenizer(tokenizer_object=tokenizer).save_pretrained(tmp_path / "backbone")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path / "backbone")
+    return StudentModel.from_backbone(str(tmp_path / "backbone"), projection_dim=4, dropout=0.0)
+
+
+def test_pruned_vocabulary_embeds_every_surviving_text_as_before(wordpiece, tmp_path):
+    corpus = ["hotdog cat", "dogs", "the sun"]  # hotdog, cat, dogs, sun survive; "the" is spelt t ##h ##e
+    texts = [*corpus, "cat [UNK] hotdog", "sun sun dogs cats"]  # the last: cats is cat ##s now
+    before, ids = wordpiece.encode(texts), wordpiece.tokenizer(texts)["input_ids"]
+    table = wordpiece.backbone.get_input_embeddings().weight.clone()
+    report = prune_vocabulary(wordpiece, corpus)
+    kept = wordpiece.tokenizer.convert_ids_to_tokens(range(report.kept))
+    assert kept == [
+        token for token in VOCABULARY if token not in ("[unused0]", "cats", "dog", "hot", "##dog", "##house", "sea")
+    ]
+    assert (report.of, report.coverage, report.whole_texts) == (len(VOCABULARY), 1.0, 1.0)
+    assert report.parameters == 7 * 8
+    new = wordpiece.tokenizer(texts)["input_ids"]
+    words = [[kept[i] for i in row] for row in new]
+    assert words[:4] == [[VOCABULARY[i] for i in row] for row in ids[:4]]
+    assert words[4] == ["[CLS]", "sun", "sun", "dogs", "cat", "##s", "[SEP]"]
+    assert torch.equal(wordpiece.backbone.get_input_embeddings().weight[new[0]], table[ids[0]])
+    assert wordpiece.encode(texts)[:4] == pytest.approx(before[:4], abs=1e-6)
+    wordpiece.save_pretrained(tmp_path / "student")
+    check_layout(tmp_path / "student", ("hotdog cat", "the sun " * 30, "zebra"))
+    opened = StudentModel.from_pretrained(tmp_path / "student")
+    assert opened.config.vocab_size == report.kept
+    assert opened.settings["vocabulary"]["kept"] == report.kept
+    assert opened.encode(texts) == pytest.approx(wordpiece.encode(texts), abs=1e-6)
+
+
+def test_the_most_frequent_tokens_are_kept(wordpiece):
+    always = len(VOCABULARY) - len([t for t in PIECES if t not in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s")])
+    report = prune_vocabulary(wordpiece, ["sun sun sea", "sea sun dog", "dog dog dog cat"], max_tokens=always + 2)
+    assert report.kept == always + 2
+    words = wordpiece.tokenizer.get_vocab()
+    assert {"sun", "dog"} <= words.keys()
+    assert not {"sea", "cat"} & words.keys()
+    assert report.coverage == pytest.approx(7 / 10)
+    assert report.whole_texts == 0
+
+
+def test_too_small_a_vocabulary_is_refused(wordpiece):
+    with pytest.raises(ValueError, match=r"max_tokens is 3, expected at least \d+, the special tokens and single"):
+        prune_vocabulary(wordpiece, ["sun"], max_tokens=3)
+
+
+def test_other_tokenizers_are_refused(student):
+    with pytest.raises(ValueError, match="the tokenizer is WordLevel, expected WordPiece, Unigram or BPE"):
+        prune_vocabulary(student, make_texts(3))
+
+
+# Unigram and BPE
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+SYLLABLES = "ka ri to mu ne so hi wa lu pe".split()
+
+
+def sentences(count, seed, words=400):
+    """Return texts of made words, some much more frequent than others."""
+    rng = random.Random(0)
+    known = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(words)]
+    rng = random.Random(seed)
+    return [" ".join(known[int(len(known) * rng.random() ** 3)] for _ in range(rng.randint(2, 9))) for _ in range(count)]
+
+
+@pytest.fixture(params=["Unigram", "BPE"])
+def subwords(request, tmp_path):
+    """Return a student with a tokenizer trained on made words, as XLM-R's or a byte-level one."""
+    if request.param == "Unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(sentences(2000, 1), trainer)
+    around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), around]) if request.param == "BPE" else around
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(tmp_path / "backbone")  # fmt: skip
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=tokenizer.get_vocab_size() + 3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=66, pad_token_id=1, initializer_range=0.5,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path / "backbone")
+    student = StudentModel.from_backbone(str(tmp_path / "backbone"), projection_dim=4, dropout=0.0)
+    assert type(student.tokenizer.backend_tokenizer.model).__name__ == request.param
+    return student
+
+
+def test_texts_whose_tokens_survive_are_tokenised_and_embedded_as_before(subwords, tmp_path):
+    texts = [*sentences(300, 3), "ka ☃ ri", "Ünder", ""]
+    whole, words = subwords.tokenizer, subwords.tokenizer.convert_ids_to_tokens
+    before = [words(ids) for ids in whole(texts)["input_ids"]]
+    vectors = subwords.encode(texts)
+    report = prune_vocabulary(subwords, sentences(200, 2, words=150), max_tokens=int(0.95 * len(whole)))
+    kept = set(subwords.tokenizer.get_vocab())
+    assert len(kept) == report.kept < report.of == len(whole)
+    survive = [i for i, tokens in enumerate(before) if set(tokens) <= kept]
+    assert 50 < len(survive) < 300  # neither all nor none
+    after = [subwords.tokenizer.convert_ids_to_tokens(ids) for ids in subwords.tokenizer(texts)["input_ids"]]
+    assert [after[i] for i in survive] == [before[i] for i in survive]
+    assert subwords.encode(texts)[survive] == pytest.approx(vectors[survive], abs=1e-6)
+    assert not any("<unk>" in now and "<unk>" not in then for now, then in zip(after, before, strict=True))
+    assert [whole.decode(whole(text)["input_ids"]) for text in texts[:50]] == [
+        subwords.tokenizer.decode(subwords.tokenizer(text)["input_ids"]) for text in texts[:50]
+    ]
+    subwords.save_pretrained(tmp_path / "student")
+    check_layout(tmp_path / "student", (texts[0], texts[1] * 30, "☃"))
+
+
+def test_a_small_language_keeps_its_tokens_beside_a_large_one_and_poor_ones_are_named(subwords, caplog):
+    large, small = ["kari tomu kari tomu"] * 500 + ["neso"] * 3, ["luka peri"] * 3
+    tokens = {name: subwords.tokenizer(texts[0], add_special_tokens=False)["input_ids"] for name, texts in
+              {"large": large, "small": small}.items()}  # fmt: skip
+    assert not set(tokens["large"]) & set(tokens["small"])
+    languages = ["large"] * len(large) + ["small"] * len(small)
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        report = prune_vocabulary(subwords, large + small, languages=languages, min_coverage=1.01)
+    assert report.languages == {"large": 1.0, "small": 1.0}
+    assert "less than 101 % of large 100.0 %, small 100.0 %" in caplog.text
+    assert subwords.settings["vocabulary"]["languages"] == report.languages
+
+
+def test_frequencies_are_relative_to_a_language(subwords):
+    import copy
+
+    large, small = ["kari"] * 500 + ["tomu"] * 100, ["luka"] * 3
+    other = copy.deepcopy(subwords)
+    least = prune_vocabulary(copy.deepcopy(subwords), []).kept
+    room = least + (2 if type(subwords.tokenizer.backend_tokenizer.model).__name__ == "Unigram" else 6)  # merges come along
+    alone = prune_vocabulary(subwords, large + small, max_tokens=room)
+    beside = prune_vocabulary(other, large + small, room, ["large"] * 600 + ["small"] * 3)
+    assert alone.coverage > beside.coverage
+    assert beside.languages["small"] > 0.5
