@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students beyond kept layers: from scratch, and with a vocabulary cut to what a corpus uses."""
+"""Students beyond kept layers: thin and deep from scratch, and planned within a budget."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig
 from transformers.utils import logging
 
-from .student import StudentModel
+from .student import StudentModel, load_safe
 
 
 logger = logging.get_logger(__name__)
+
+# LEALLA, Mao et al. 2023, https://huggingface.co/papers/2302.08387: hidden size, layers, heads, FFN size.
+LEALLA_SHAPES = {"small": (128, 24, 8, 512), "base": (192, 24, 12, 768), "large": (256, 24, 8, 1024)}
+_WIDTHS = (384, 320, 256, 192, 160, 128, 96, 64)
 
 
 def from_scratch(
@@ -45,3 +51,77 @@ def from_scratch(
     model = StudentModel.from_parts(AutoModel.from_config(config), shared, layers=list(range(layers)), **settings)
     logger.info(f"StudentModel: from scratch, {layers} layers, {model.num_parameters() / 1e6:.1f}M parameters.")
     return model
+
+
+@torch.no_grad()
+def start_embeddings(student: StudentModel, name: str) -> float:
+    """Start the token embeddings from the first principal components of another model's; both share a tokenizer.
+
+    Ours, not the paper's: LEALLA's students learn the table, nine tenths of their weights, from random values.
+
+    Args:
+        student: Its table [V, H] is replaced.
+        name: Folder or Hub id of the other model, of H' >= H dimensions.
+
+    Returns:
+        The share of the table's variance that is kept, in [0, 1].
+
+    Raises:
+        ValueError: If the tokenizers differ (rows would be those of other tokens), or the model is thinner.
+    """
+    own, shared = student.backbone.get_input_embeddings().weight, AutoTokenizer.from_pretrained(name)
+    table = load_safe(AutoModel, name).get_input_embeddings().weight.detach().float()[: len(own)]
+    if shared.get_vocab() != student.tokenizer.get_vocab() or len(table) < len(own) or table.shape[1] < own.shape[1]:
+        raise ValueError(
+            f"start_embeddings: {name} has {len(shared)} tokens of {table.shape[1]} dimensions, expected the student's "
+            f"{len(student.tokenizer)}, the same ones, and {own.shape[1]} dimensions or more. Rows would be those of other "
+            "tokens. Start before the vocabulary is cut, from the model whose tokenizer it is."
+        )
+    table = table - table.mean(0)
+    variances, components = torch.linalg.eigh(table.T @ table)  # ascending
+    found = table @ components[:, -own.shape[1] :].flip(1)
+    own.copy_(found * (student.config.initializer_range / found.std()))
+    return float(variances[-own.shape[1] :].sum() / variances.sum())
+
+
+@dataclass
+class Plan:
+    """A student within a budget: hidden_size, layers, heads, intermediate_size, vocabulary (tokens), parameters."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    vocabulary: int
+    parameters: int
+
+
+def plan(max_params: int, vocabulary: int, layers: int = 24, positions: int = 512) -> Plan:
+    """Return the widest thin-deep student within a budget whose vocabulary still holds so many tokens.
+
+    Args:
+        max_params: The budget, all weights counted.
+        vocabulary: Tokens wanted (`vocabulary_for`); where not even the thinnest student has room for them, as many as fit.
+        layers: Their number.
+        positions: Longest input in tokens.
+
+    Raises:
+        ValueError: If the thinnest student without any token is beyond the budget.
+    """
+    for width in _WIDTHS:
+        ffn = 4 * width
+        layer = 4 * (width * width + width) + 2 * width * ffn + ffn + width + 4 * width
+        rest = layers * layer + (positions + 2 + 2) * width + 2 * (width * width + width)  # positions, types, norm; two heads
+        room = (max_params - rest) // width
+        if room >= vocabulary or (width == _WIDTHS[-1] and room > 0):
+            kept = min(room, vocabulary)
+            found = Plan(width, layers, width // (16 if width < 256 else 32), ffn, kept, rest + kept * width)
+            logger.info(
+                f"Plan: {found.parameters / 1e6:.1f}M of {max_params / 1e6:.1f}M parameters: {layers} layers of {width} "
+                f"dimensions ({layers * layer / 1e6:.1f}M), {kept} of {vocabulary} tokens ({kept * width / 1e6:.1f}M)."
+            )
+            return found
+    raise ValueError(
+        f"plan: max_params is {max_params}, expected more than {rest}, which {layers} layers of {width} dimensions take. No "
+        "token would fit beside them. Raise it, or take fewer layers."
+    )

@@ -108,6 +108,27 @@ def prune_vocabulary(
     return report
 
 
+def vocabulary_for(
+    tokenizer: Any, texts: Iterable[str], languages: Iterable[str] | None = None, coverage: float = 0.995
+) -> int:
+    """Return how many tokens `prune_vocabulary` must keep to cover a share of a corpus, in [0, 1], the mean over languages."""
+    counts: dict[str | None, Counter[int]] = {}
+    for language, ids in _tokens(tokenizer, texts, languages):
+        counts.setdefault(language, Counter()).update(ids)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = _vocabulary(content)
+    keep, parts, ranked = _always(content, vocabulary), _parts(content["model"], vocabulary), _ranked(counts)
+    whole = sum(share for _, share in ranked)
+    covered = sum(share for i, share in ranked if i in keep)
+    for i, share in ranked:
+        if covered >= coverage * whole:
+            break
+        new = parts(i) - keep
+        keep |= new
+        covered += share if i in new else 0.0
+    return len(keep)
+
+
 def _tokens(tokenizer: Any, texts: Iterable[str], languages: Iterable[str] | None) -> Iterable[tuple[str | None, list[int]]]:
     rows = zip(texts, repeat(None), strict=False) if languages is None else zip(texts, languages, strict=True)
     while batch := list(islice(rows, 1000)):
@@ -132,6 +153,21 @@ def _choose(
     content: dict[str, Any], vocabulary: dict[str, int], counts: dict[str | None, Counter[int]], max_tokens: int | None
 ) -> list[int]:
     """Return the ids to keep, in order: what always stays, then the most frequent ones with what they are made of."""
+    keep, parts = _always(content, vocabulary), _parts(content["model"], vocabulary)
+    if max_tokens is not None and max_tokens < len(keep):
+        raise ValueError(
+            f"prune_vocabulary: max_tokens is {max_tokens}, expected at least {len(keep)}, the special tokens and single "
+            "characters. Words would become unknown. Raise it."
+        )
+    for i, _ in _ranked(counts):
+        new = parts(i) - keep
+        if max_tokens is None or len(keep) + len(new) <= max_tokens:
+            keep |= new
+    return sorted(keep)
+
+
+def _always(content: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
+    """Return the ids of special tokens, single characters and bytes."""
     model = content["model"]
     affixes = [model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
     keep = {token["id"] for token in content["added_tokens"]}
@@ -142,23 +178,17 @@ def _choose(
         # An unknown character counts as the unlikeliest token less a constant: were that one gone, texts with one could be
         # cut otherwise.
         keep.add(min(range(len(model["vocab"])), key=lambda i: model["vocab"][i][1]))
-    keep |= {vocabulary[model["unk_token"]]} if model.get("unk_token") in vocabulary else set()
-    if max_tokens is not None and max_tokens < len(keep):
-        raise ValueError(
-            f"prune_vocabulary: max_tokens is {max_tokens}, expected at least {len(keep)}, the special tokens and single "
-            "characters. Words would become unknown. Raise it."
-        )
+    return keep | ({vocabulary[model["unk_token"]]} if model.get("unk_token") in vocabulary else set())
+
+
+def _ranked(counts: dict[str | None, Counter[int]]) -> list[tuple[int, float]]:
+    """Return (id, frequency relative to each language, summed), the most frequent first."""
     weight: Counter[int] = Counter()
     for found in counts.values():
         total = found.total()
         for i, number in found.items():
             weight[i] += number / total
-    parts = _parts(model, vocabulary)
-    for i in sorted(weight, key=lambda i: (-weight[i], i)):
-        new = parts(i) - keep
-        if max_tokens is None or len(keep) + len(new) <= max_tokens:
-            keep |= new
-    return sorted(keep)
+    return sorted(weight.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _parts(model: dict[str, Any], vocabulary: dict[str, int]) -> Callable[[int], set[int]]:

@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pdist
+from transformers import AutoModel, BertConfig
 
 from hf_distill import StudentModel
-from hf_distill.build import from_scratch
+from hf_distill.build import LEALLA_SHAPES, from_scratch, plan, start_embeddings
 from hf_distill.layout import check_layout
 
 
@@ -21,3 +24,53 @@ def test_a_student_from_scratch_has_the_shape_asked_for_and_opens_everywhere(bac
 def test_heads_that_do_not_divide_the_width(backbone_folder):
     with pytest.raises(ValueError, match="3 heads for 8 dimensions"):
         from_scratch(backbone_folder, 8, 1, 3, 8)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 69.0), ("base", 107.0), ("large", 147.4)])
+def test_lealla_shapes_have_the_papers_sizes_with_labses_vocabulary(name, millions):
+    hidden, layers, heads, ffn = LEALLA_SHAPES[name]
+    config = BertConfig(
+        vocab_size=501_153, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ffn
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    # The paper's pooler is our Linear behind the pooling; the backbone's own, of the same size, is published and not used.
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_a_plan_is_the_widest_that_holds_the_vocabulary(backbone_folder):
+    words = len(StudentModel.from_backbone(backbone_folder).tokenizer)
+    for budget in (2_000_000, 5_000_000, 9_000_000):
+        found = plan(budget, words)
+        student = from_scratch(
+            backbone_folder, found.hidden_size, found.layers, found.heads, found.intermediate_size,
+            projection_dim=found.hidden_size, pooling="cls", activation="tanh",
+        )  # fmt: skip
+        assert student.num_parameters() == found.parameters <= budget
+        assert found.vocabulary == words
+    widths = [plan(budget, words).hidden_size for budget in (2_000_000, 5_000_000, 9_000_000)]
+    assert widths == [64, 128, 160]
+    assert plan(20_000_000, 118_000).hidden_size == 128
+    assert plan(20_000_000, 125_000).hidden_size == 96
+    cut = plan(2_000_000, 125_000)
+    assert (cut.hidden_size, cut.layers) == (64, 24)
+    assert cut.vocabulary < 20_000
+    assert 1_999_936 < cut.parameters <= 2_000_000
+    with pytest.raises(ValueError, match="No token would fit"):
+        plan(1_000_000, 1)
+
+
+def test_embeddings_start_from_the_main_directions_of_another_table(backbone_folder):
+    student = from_scratch(backbone_folder, 8, 1, 2, 16)
+    table = StudentModel.from_backbone(backbone_folder).backbone.get_input_embeddings().weight.detach()
+    share = start_embeddings(student, backbone_folder)
+    own = student.backbone.get_input_embeddings().weight.detach()
+    u, s, _ = np.linalg.svd((table - table.mean(0)).numpy(), full_matrices=False)
+    assert share == pytest.approx((s[:8] ** 2).sum() / (s**2).sum(), abs=1e-4)
+    assert own.std().item() == pytest.approx(0.02, rel=1e-3)
+    # The same distances between tokens as the best eight dimensions have, up to the scale.
+    ours, theirs = pdist(own), pdist(torch.as_tensor(u[:, :8] * s[:8]))
+    assert (ours / theirs).std() < 1e-3 * (ours / theirs).mean()
+    wide = from_scratch(backbone_folder, 32, 1, 2, 16)
+    with pytest.raises(ValueError, match="32 dimensions or more"):
+        start_embeddings(wide, backbone_folder)

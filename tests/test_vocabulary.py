@@ -1,3 +1,4 @@
+import copy
 import logging
 import random
 
@@ -9,7 +10,7 @@ from transformers import AutoModel, BertConfig, BertTokenizer, PreTrainedTokeniz
 
 from hf_distill import StudentModel
 from hf_distill.layout import check_layout
-from hf_distill.vocabulary import prune_vocabulary
+from hf_distill.vocabulary import prune_vocabulary, vocabulary_for
 
 
 PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] cat cats dog dogs hot hotdog ##s ##dog ##house sun sea".split()
@@ -161,8 +162,6 @@ def test_a_small_language_keeps_its_tokens_beside_a_large_one_and_poor_ones_are_
 
 
 def test_frequencies_are_relative_to_a_language(subwords):
-    import copy
-
     large, small = ["kari"] * 500 + ["tomu"] * 100, ["luka"] * 3
     other = copy.deepcopy(subwords)
     least = prune_vocabulary(copy.deepcopy(subwords), []).kept
@@ -171,3 +170,14 @@ def test_frequencies_are_relative_to_a_language(subwords):
     beside = prune_vocabulary(other, large + small, room, ["large"] * 600 + ["small"] * 3)
     assert alone.coverage > beside.coverage
     assert beside.languages["small"] > 0.5
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.999])
+def test_so_many_tokens_cover_what_is_asked_for_and_fewer_do_not(subwords, coverage):
+    texts, whole = sentences(300, 2), subwords.tokenizer
+    number = vocabulary_for(whole, texts, coverage=coverage)
+    report = prune_vocabulary(copy.deepcopy(subwords), texts, number)
+    assert report.coverage >= coverage
+    assert report.kept == number
+    if coverage > 0.5:
+        assert prune_vocabulary(subwords, texts, number - 5).coverage < report.coverage

@@ -94,7 +94,7 @@ class BitextEvaluator:
         return list(dict.fromkeys(text for first, second in self.pairs.values() for text in first + second))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return {"tatoeba_avg", "tatoeba_<group>", ...} and, by language, "tatoeba:deu>eng", "tatoeba:eng>deu", "tatoeba:deu"."""
+        """Return {"tatoeba_avg", "tatoeba_<group>", ...} and, by language, "tatoeba:deu>eng", "tatoeba:eng>deu", the mean."""
         row = {text: i for i, text in enumerate(self.texts())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}
