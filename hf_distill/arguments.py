@@ -139,7 +139,7 @@ class RecipeArguments:
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
 
     def __post_init__(self) -> None:
-        for name in ("texts", "teacher"):  # a YAML file may name the only one without a list
+        for name in ("texts", "teacher", "pairs"):  # a YAML file may name the only one without a list
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, [getattr(self, name)])
 
@@ -264,6 +264,55 @@ class RetrievalArguments(RecipeArguments):
                 f"RetrievalArguments: dual_pooling is {self.dual_pooling}, reranker {self.reranker}, symmetric "
                 f"{self.symmetric}, dim {self.dim}, expected a reranker, both towers small and no dim. States of pairs make "
                 "no index to search or to reduce."
+            )
+
+
+@dataclass
+class TranslationArguments(RecipeArguments):
+    """What a recipe on translations asks for beside."""
+
+    pairs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Translations: a folder of eng-deu.tsv.gz and the like, deu=file (or Hub id, with :english,german for its "
+            "columns), deu=english.txt,german.txt of equal lines, or a table with a column `language`."
+        },
+    )
+    languages: list[str] | None = field(default=None, metadata={"help": "Codes to train on; all that are there if not given."})
+    max_pairs: int | None = field(default=None, metadata={"help": "At most so many pairs of a language."})
+    language_temperature: float = field(
+        default=1.0, metadata={"help": "Shares of languages are n^(1/temperature): above 1, small ones are repeated."}
+    )
+    held_out: int = field(
+        default=100, metadata={"help": "English sentences a language held out, with all their translations, to choose by."}
+    )
+    tatoeba: str | None = field(
+        default=None, metadata={"help": "Test: a table of language, source, english, or a folder in LASER's layout."}
+    )
+    teacher_prompt: str | None = field(default=None, metadata={"help": "Text before every sentence of the teacher."})
+    anchor: bool = field(
+        default=False, metadata={"help": "The teacher knows English only: both sides learn what it says of the English one."}
+    )
+    shape: str | None = field(
+        default=None,
+        metadata={"help": "small, base or large: the paper's students, with the backbone's tokenizer."},
+    )
+    max_params: int | None = field(
+        default=None, metadata={"help": "In place of a shape: the widest student of 24 layers in a budget of so many weights."}
+    )
+    coverage: float = field(
+        default=0.995, metadata={"help": "Share of the corpus's tokens that a planned student keeps, the mean over languages."}
+    )
+    start_embeddings: bool = field(
+        default=True, metadata={"help": "Start a student from scratch with the main directions of the backbone's embeddings."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(value is not None for value in (self.shape, self.max_params, self.from_scratch)) > 1:
+            raise ValueError(
+                f"TranslationArguments: shape is {self.shape}, max_params {self.max_params}, from_scratch {self.from_scratch}, "
+                "expected one of them. They name different students."
             )
 
 

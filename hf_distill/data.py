@@ -4,15 +4,16 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, interleave_datasets, load_dataset
 from torch.utils.data import IterableDataset, Sampler
 from transformers.utils import logging
 
@@ -22,7 +23,7 @@ from .teachers import Teacher
 
 logger = logging.get_logger(__name__)
 
-RESERVED_COLUMNS = ("label", "labels", "score", "scores")
+RESERVED_COLUMNS = ("label", "labels", "score", "scores", "language")
 _READERS = {
     # quoting=3: a quotation mark is a character like any other. keep_default_na: "null" and "NA" are words, not gaps.
     "tsv": ("csv", {"delimiter": "\t", "quoting": 3, "keep_default_na": False}),
@@ -88,13 +89,55 @@ def join_texts(datasets: Iterable[tuple[Dataset, list[str] | None]]) -> Dataset:
     return Dataset.from_dict({"text": list(texts)})
 
 
+def mix_languages(
+    parts: Mapping[str, Any], temperature: float = 1.0, seed: int = 42, sizes: Mapping[str, int] | None = None
+) -> Any:
+    """Return the rows of several languages as one data set, with a column `language`, the small ones more often.
+
+    A language of n rows gets a share proportional to n^(1 / temperature): 1 leaves them as they are, a large one makes all
+    equal. The largest keeps each row once; of the others rows are repeated, each as often as any other, give or take one.
+
+    Source: the temperature sampling of multilingual models, as in XLM-R, Conneau et al. 2019,
+    https://huggingface.co/papers/1911.02116, where the exponent is called alpha.
+
+    Args:
+        parts: Language -> data set; all of them `Dataset`, or all streams, which are interleaved at random by their shares.
+        temperature: 1 or more.
+        seed: Of which rows are repeated once more, and of the interleaving.
+        sizes: Rows of each stream.
+
+    Raises:
+        ValueError: If the temperature is below 1 (rows would be thrown away), or streams come without sizes.
+    """
+    streams = [code for code, part in parts.items() if isinstance(part, datasets.IterableDataset)]
+    if temperature < 1 or (streams and not sizes):
+        raise ValueError(
+            f"mix_languages: temperature is {temperature}, sizes of the streams {sizes}, expected 1 or more, and how many rows "
+            "each stream has. Shares would be unknown, or rows thrown away."
+        )
+    sizes = {code: sizes[code] if streams else len(part) for code, part in parts.items()}
+    most = max(sizes.values())
+    wanted = {code: round(most * (size / most) ** (1 / temperature)) for code, size in sizes.items()}
+    if streams:
+        total = sum(wanted.values())
+        named = [part.map(lambda row, code=code: {**row, "language": code}) for code, part in parts.items()]
+        shares = [wanted[code] / total for code in parts]
+        return interleave_datasets(named, shares, seed, stopping_strategy="all_exhausted")
+    rng, mixed = np.random.default_rng(seed), []
+    for code, part in parts.items():
+        whole, rest = divmod(wanted[code], len(part))
+        rows = np.concatenate([np.tile(np.arange(len(part)), whole), rng.permutation(len(part))[:rest]])
+        mixed.append(part.select(rows).add_column("language", [code] * len(rows)))
+    return concatenate_datasets(mixed)
+
+
 def _kind(path: Path) -> str | None:
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     return kind if kind in _READERS else None
 
 
 def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
-    """Return the text columns in order: those named, or all but `label` and `score`, as in sentence-transformers.
+    """Return the text columns in order: those named, or all but `label`, `score` and `language`.
 
     Raises:
         ValueError: If a name is not a column, a column holds no text, or there is none.

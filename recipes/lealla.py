@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LEALLA (arXiv 2302.08387): a thin, deep student of a teacher of many languages. Flags: --help, --config file.yaml."""
+
+from dataclasses import dataclass, field
+
+from inputs import begin, open_student, open_teacher
+from translations import open_translations
+
+from hf_distill.arguments import TranslationArguments
+from hf_distill.build import LEALLA_SHAPES, plan
+from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
+from hf_distill.teachers import AnchoredTeacher
+from hf_distill.trainer import DistillationTrainer, last_checkpoint
+from hf_distill.vocabulary import vocabulary_for
+
+
+@dataclass
+class LEALLAArguments(TranslationArguments):
+    """What is LEALLA's own."""
+
+    dim: int | None = field(default=None, metadata={"help": "Dimensions of the embedding; the student's width if not given."})
+    pooling: str = field(default="cls", metadata={"help": "Of the student: cls (paper), mean or last."})
+    activation: str = field(default="tanh", metadata={"help": "Behind the projection: tanh (paper) or identity."})
+    margin: float = field(default=0.3, metadata={"help": "Of the additive-margin softmax."})
+    scale: float = field(default=20.0, metadata={"help": "What its cosines are multiplied by."})
+    ams_weight: float = field(default=1.0, metadata={"help": "Weight of the additive-margin softmax; 0 leaves the part out."})
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of feature distillation."})
+    logit_weight: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
+    logit_temperature: float = field(default=1.0, metadata={"help": "What differences of cosines are divided by."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shape is not None and self.shape not in LEALLA_SHAPES:
+            raise ValueError(f"lealla: shape is {self.shape!r}, expected one of {sorted(LEALLA_SHAPES)}.")
+
+    def loss(self) -> WeightedLoss:
+        """Return the weighted parts; what has weight 0 is not computed."""
+        weights = {"ams": self.ams_weight, "feature": self.feature_weight, "logit": self.logit_weight}
+        losses = [
+            AdditiveMarginSoftmax(self.margin, self.scale),
+            FeatureDistillation(),
+            LogitDistillation(self.logit_temperature),
+        ]
+        kept = [loss for loss in losses if weights[loss.parts[0]]]
+        return WeightedLoss(kept, {loss.parts[0]: weights[loss.parts[0]] for loss in kept})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Cache the teacher, train the student on translations, find them again."""
+    recipe, args, report = begin("lealla", AdditiveMarginSoftmax.paper, LEALLAArguments, argv)
+    data = open_translations(recipe, args.seed)
+    if args.train_batch_size * args.world_size < 2:
+        raise ValueError("lealla: a batch of one pair has no other translation to tell it from. Use larger batches.")
+    languages = ["english"] * len(data.train) + list(data.train["language"])
+    corpus = [*data.train["english"], *data.train["translation"]]
+
+    teacher = open_teacher(recipe, recipe.teacher_prompt)
+    if recipe.max_params:
+        wanted = vocabulary_for(teacher.teacher.tokenizer, corpus, languages, recipe.coverage)
+        found = plan(recipe.max_params, wanted)
+        recipe.from_scratch = [found.hidden_size, found.layers, found.heads, found.intermediate_size]
+        recipe.max_vocabulary = found.vocabulary
+    elif recipe.shape:
+        recipe.from_scratch = list(LEALLA_SHAPES[recipe.shape])
+    width = recipe.dim or (recipe.from_scratch[0] if recipe.from_scratch else teacher.dim)
+    options = {"projection_dim": width, "pooling": recipe.pooling, "activation": recipe.activation}
+    student = open_student(recipe, corpus, languages, **options)
+    size = student.num_parameters()  # the training-only head comes on top, and goes
+    if recipe.feature_weight:
+        student.add_training_head(teacher.dim)
+
+    with report.timed("caching"):
+        teacher.add(data.train["english"], *([] if recipe.anchor else [data.train["translation"]]))
+        teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])
+    report.evaluators = data.evaluators
+    with report.timed("evaluation"):
+        report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
+        report.add("untrained student", student.encode, size, width, prefixes=False)
+
+    trainer = DistillationTrainer(
+        model=student,
+        args=args,
+        train_dataset=data.train,
+        teacher=AnchoredTeacher(teacher) if recipe.anchor else teacher,
+        loss=recipe.loss(),
+        evaluators=[evaluator for evaluator in data.evaluators if evaluator.name == "dev"],
+        peft_config=recipe.peft_config(),
+    )
+    with report.timed("training"):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.save_model()
+    with report.timed("evaluation"):
+        report.add("student", student.encode, size, width, prefixes=False)
+    print(report.finish(trainer, recipe, data.facts))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
