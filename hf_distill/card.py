@@ -16,8 +16,11 @@ _PAPERS = {
     "2203.07687": "Compressing Sentence Representation for Semantic Retrieval via Homomorphic Projective Distillation "
     "(Zhao, Yu, Wu, Li; Findings of ACL 2022)",
     "2301.12005": "EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval (Kim and others, 2023)",
+    "2302.08387": "LEALLA: Learning Lightweight Language-agnostic Sentence Embeddings with Knowledge Distillation (Mao and "
+    "Nakagawa, EACL 2023)",
 }
 _STS = {"task_type": "STS", "metric_type": "cosine_spearman", "metric_name": "Spearman × 100"}
+_BITEXT = {"task_type": "BitextMining", "metric_type": "accuracy", "metric_name": "accuracy × 100, mean of both directions"}
 _SEARCH = {"task_type": "information-retrieval", "metric_type": "cosine_ndcg@10", "metric_name": "nDCG@10 × 100"}
 
 
@@ -56,10 +59,11 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     )
     tables = {}
     if measured:
-        from .evaluation.report import dimension_table, index_table, score_table
+        from .evaluation.report import dimension_table, index_table, language_table, score_table
 
         tables = {"scores": score_table(facts), "dimensions": dimension_table(facts)}
         tables["index"] = index_table(facts["index"]) if "index" in facts else ""
+        tables["languages"] = language_table(facts)
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -78,9 +82,12 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
 
 
 def _eval_results(scores: Mapping[str, float], collection: str | None) -> list[EvalResult]:
-    """Return what the Hub lists: each STS set, without averages, and the search of the test queries."""
+    """Return what the Hub lists: each STS set, the search of test queries, translations found."""
     values = {key.removeprefix("sts_"): (value, _STS) for key, value in scores.items() if key.startswith("sts_")}
     values = {name: value for name, value in values.items() if "avg" not in name}
+    for key, called in (("tatoeba_avg", "Tatoeba, mean over languages"), ("test_avg", f"{collection}, test pairs")):
+        if key in scores:
+            values[called] = (scores[key], _BITEXT)
     if "test_ndcg10" in scores:
         values[f"{collection}, test queries"] = (scores["test_ndcg10"], _SEARCH)
     return [

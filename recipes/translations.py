@@ -74,7 +74,8 @@ def open_translations(recipe: Any, seed: int) -> Translations:
     if test:
         trained = sorted(parts.keys() & test.keys())
         groups = {"trained": trained, "other": sorted(test.keys() - parts.keys())}
-        evaluators.append(BitextEvaluator(test, {name: codes for name, codes in groups.items() if codes}, recipe.dims))
+        groups = {name: codes for name, codes in groups.items() if codes}
+        evaluators.append(BitextEvaluator(test, groups, recipe.dims, "tatoeba" if recipe.tatoeba else "test"))
     return Translations(mixed, evaluators, facts)
 
 

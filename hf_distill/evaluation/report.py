@@ -215,14 +215,15 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
     return "\n".join([text[0], rule, *text[1:]])
 
 
-_BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10")  # what is shown of the first k dimensions
+# What is shown of the first k dimensions.
+_BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10", "tatoeba_avg")
 
 
 def score_table(results: Mapping[str, Any]) -> str:
     """Return the rows of results.json as a table: the scores at full width, with short headings."""
     rows = {}
     for name, row in results["rows"].items():
-        scores = {_heading(key): value for key, value in row["scores"].items() if "@" not in key}
+        scores = {_heading(key): value for key, value in row["scores"].items() if not set(key) & set("@:")}
         cells = {heading: value for heading, value in scores.items() if heading}
         rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
     return table(rows)
@@ -235,7 +236,7 @@ def _heading(key: str) -> str | None:
     queries, _, measure = key.rpartition("_")
     if measure in ranking:
         return ranking[measure] and f"{queries} {ranking[measure]}"
-    return short.get(key, key.removeprefix("sts_"))
+    return short.get(key, key.removeprefix("sts_").replace("_", " "))
 
 
 def dimension_table(results: Mapping[str, Any]) -> str:
@@ -247,6 +248,22 @@ def dimension_table(results: Mapping[str, Any]) -> str:
             if dim and score in _BY_DIMENSION:
                 rows.setdefault(name, {})[f"{_heading(score)} @{dim}"] = value
     return table(rows) if rows else ""
+
+
+def language_table(results: Mapping[str, Any]) -> str:
+    """Return a line a language: the pairs that were trained on, and every row's accuracy, both directions' mean; or ""."""
+    found = _languages(results)
+    pairs = results["data"].get("languages", {})
+    trained, other = ([code for code in found if (code in pairs) == side] for side in (True, False))
+    return table({code: {"pairs": pairs.get(code, 0), **found[code]} for code in trained + other}) if found else ""
+
+
+def _languages(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return language -> row -> accuracy, of the test, or of dev where there is none."""
+    keys = [key for key in _keys(results) if ":" in key and ">" not in key]
+    test = next((name for name in ("tatoeba", "test", "dev") if any(key.startswith(f"{name}:") for key in keys)), None)
+    codes = sorted(key.partition(":")[2] for key in keys if key.startswith(f"{test}:"))
+    return {code: {name: row["scores"][f"{test}:{code}"] for name, row in results["rows"].items()} for code in codes}
 
 
 def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -301,7 +318,29 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
     if "index" in results:
         draw_index(folder / "index.png", results["index"])
         drawn.append("index.png")
+    languages = _languages(results)
+    if languages:
+        draw_languages(folder / "languages.png", languages)
+        drawn.append("languages.png")
     return drawn
+
+
+def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a group of bars a language, those that the first row does best first."""
+    plt = pyplot()
+    names = list(next(iter(languages.values())))
+    order = sorted(languages, key=lambda code: -languages[code][names[0]])
+    figure, axes = plt.subplots(figsize=(max(6, 0.22 * len(order) * len(names) ** 0.5 + 2), 3.5), layout="constrained")
+    for place, name in enumerate(names):
+        shifted = [i + (place - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(order))]
+        axes.bar(shifted, [languages[code][name] for code in order], width=0.8 / len(names), label=name)
+    axes.set_xticks(range(len(order)), order, rotation=90 if len(order) > 12 else 0)
+    axes.set(ylabel="accuracy × 100", title="Translations found, mean of both directions", ylim=(0, 100))
+    axes.margins(x=0.01)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from hf_distill.card import run_card
-from hf_distill.evaluation.report import dimension_table, index_table, score_table, table
+from hf_distill.evaluation.report import dimension_table, index_table, language_table, score_table, table
 
 
 HERE = Path(__file__).parent
@@ -20,9 +20,12 @@ def section(name: str, results: dict) -> str:
     provenance, data = results["provenance"], results["data"]
     minutes = ", ".join(f"{what} {seconds / 60:.0f} min" for what, seconds in results["timings_s"].items())
     text = f"Text: {data['rows']} of {data['name']}."
+    if "languages" in data:
+        text = f"{data['rows']} pairs of {len(data['languages'])} languages: {data['name']}."
     if "documents" in data:
         text = f"{data['queries']} queries to train on, {data['documents']} documents: {data['name']}."
-    parts = [score_table(results), dimension_table(results), index_table(results["index"]) if "index" in results else ""]
+    parts = [score_table(results), dimension_table(results), language_table(results)]
+    parts.append(index_table(results["index"]) if "index" in results else "")
     return "\n\n".join(
         [
             *filter(None, parts),
