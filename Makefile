@@ -10,6 +10,9 @@ hpd: .venv/demo  ## HPD: distil all-MiniLM-L6-v2 into 3 layers and 128 dimension
 embed-distill: .venv/demo  ## EmbedDistill: a small query encoder over the teacher's index of a dictionary, offline
 	$(BIN)/accelerate launch recipes/embed_distill.py $(ARGS)
 
+lealla: .venv/demo  ## LEALLA: a thin, deep student that finds verses of old Bibles in a modern one, offline
+	$(BIN)/accelerate launch recipes/lealla.py $(ARGS)
+
 test: .venv/test  ## the fast tests (ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -36,4 +39,4 @@ $(BIN)/python:
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 12
 
-.PHONY: hpd embed-distill test test-all check bench cards help
+.PHONY: hpd embed-distill lealla test test-all check bench cards help

@@ -274,8 +274,8 @@ class TranslationArguments(RecipeArguments):
     pairs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Translations: a folder of eng-deu.tsv.gz and the like, deu=file (or Hub id, with :english,german for its "
-            "columns), deu=english.txt,german.txt of equal lines, or a table with a column `language`."
+            "help": "Translations: a folder of eng-deu.tsv.gz and the like, deu=file or deu=Hub id (@configuration and "
+            ":english,german for its columns), deu=english.txt,german.txt of equal lines, or a table with a column `language`."
         },
     )
     languages: list[str] | None = field(default=None, metadata={"help": "Codes to train on; all that are there if not given."})

@@ -111,7 +111,8 @@ def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, tuple[list[st
 
 
 def _two_columns(source: str, columns: list[str] | None) -> Dataset:
-    dataset = load_texts(source)
+    name, _, subset = (source, "", "") if Path(source).exists() else source.partition("@")
+    dataset = load_texts(name, subset or None)
     columns = columns or text_columns(dataset)[:2]
     if len(columns) != 2:
         raise ValueError(f"lealla: {source} has the text columns {columns}, expected two: English and its translation.")

@@ -223,21 +223,26 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 def test_configs_are_found():
     embed_distill, hpd = ["embed_distill_msmarco", "embed_distill_nq"], ["hpd_minilm_f128", "hpd_mpnet", "hpd_tinybert_f128"]
-    assert [path.stem for path in CONFIGS] == embed_distill + hpd
+    assert [path.stem for path in CONFIGS] == [*embed_distill, *hpd, "lealla_base", "lealla_large", "lealla_small"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.chdir(tmp_path)
-    module, arguments = ("hpd", "HPDArguments") if "hpd" in path.stem else ("embed_distill", "EmbedDistillArguments")
-    recipe_class = getattr(importlib.import_module(module), arguments)
+    recipes = {"hpd": "HPDArguments", "embed_distill": "EmbedDistillArguments", "lealla": "LEALLAArguments"}
+    module = next(name for name in recipes if path.stem.startswith(name))
+    recipe_class = getattr(importlib.import_module(module), recipes[module])
     flags = ["--config", str(path), "--use_cpu", "true", "--seed", "7"]
     recipe, args = parse_arguments(recipe_class, DistillationTrainingArguments, argv=flags)
     assert args.seed == 7
     if module == "embed_distill":
         assert (recipe.metric, recipe.dim, recipe.query_weight, recipe.index_report) == ("l2", None, 1.0, False)
         assert recipe.loss().parts == ("query", "document", "score", "label")
+    elif module == "lealla":
+        assert recipe.shape == path.stem.removeprefix("lealla_")
+        assert recipe.loss().parts == ("ams", "feature", "logit")
+        assert all("=sentence-transformers/parallel-sentences" in name for name in recipe.pairs)
     else:
         assert recipe.dim == 128
     if path.stem.endswith("_f128"):
@@ -246,7 +251,7 @@ def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, 
     settings = [line for line in path.read_text().splitlines() if not line.startswith(named)]
     bare = [line for line in settings if "#" not in line]
     assert len(settings) > 12
-    plain = r"(teacher:|backbone:|dim|license|eval_str|save_|load_best|metric_for_best|greater_is_better|language)"
+    plain = r"(  - \w{3}=|teacher:|backbone:|dim|license|eval_str|save_|load_best|metric_for_best|greater_is_better|language)"
     assert all(re.match(plain, line) for line in bare), bare
 
 
