@@ -148,7 +148,7 @@ def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: i
     """Return (rows of a query, a document that answers it, and hard negatives; what results.json says of them)."""
     documents = list(collections.train.documents.values())
     queries, answers = collections.train.rows_of()
-    made = more_queries(recipe, documents, seed)
+    made = more_queries(recipe, documents, recipe.split_seed)  # the same data for each seed of a comparison
     if made is not None:
         row = {text: i for i, text in enumerate(documents)}
         queries = [*queries, *made["query"]]
