@@ -233,7 +233,7 @@ class RetrievalArguments(RecipeArguments):
     dev_queries: int | None = field(
         default=None, metadata={"help": "Training queries held out to choose by; a fifth of them if not given."}
     )
-    split_seed: int = field(default=42, metadata={"help": "Decides which."})
+    split_seed: int = field(default=42, metadata={"help": "Decides which, and what queries are made."})
     query_prompt: str | None = field(default=None, metadata={"help": "Text before every query of the teacher."})
     document_prompt: str | None = field(default=None, metadata={"help": "Text before every document of the teacher."})
     document_embeddings: str | None = field(
