@@ -162,7 +162,7 @@ class SenseTeacher(Teacher):
         digest = weights_digest([{"senses": self.dictionary.senses, "offsets": self.dictionary.offsets}])
         return {**self.teacher.fingerprint, "dictionary": digest, "select": self.select}
 
-    def _read(self, batch: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, batch: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return (states [N, T, D], ids [N, T], mask [N, T]) of one batch."""
         states, mask = self.teacher.states(batch)
         ids = torch.zeros_like(mask)
@@ -170,11 +170,16 @@ class SenseTeacher(Teacher):
             ids[row, : len(tokens)] = torch.from_numpy(tokens).long()
         return states, ids, mask
 
+    def replaced(self, batch: list[str]) -> tuple[Tensor, Tensor]:
+        """Return (the teacher's states with each replaced by its sense [N, T, D], mask [N, T]) of one batch."""
+        states, ids, mask = self.read(batch)
+        return self.dictionary.lookup(states, ids, mask, self.select)[0], mask
+
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return the senses of each text's tokens, [N, dim], whole numbers as float32; -1 for none."""
 
         def embed(batch: list[str]) -> Tensor:
-            states, ids, mask = self._read(batch)
+            states, ids, mask = self.read(batch)
             _, chosen = self.dictionary.lookup(states, ids, mask, self.select)
             return nn.functional.pad(chosen.float(), (0, self.dim - chosen.shape[1]), value=-1.0)
 
@@ -186,7 +191,7 @@ class SenseTeacher(Teacher):
         texts = [text for row in rows for text in row]
         if not self.beside:
             return super().targets(rows)
-        states, ids, mask = self._read(texts)
+        states, ids, mask = self.read(texts)
         _, chosen = self.dictionary.lookup(states, ids, mask, self.select)
         found = {"senses": chosen}
         if "sense_scores" in self.beside:

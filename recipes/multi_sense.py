@@ -4,16 +4,23 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from inputs import begin, sts_evaluators, training_texts
-from words import dictionary_facts, open_dictionary, open_senses, sentence_evaluators, word_scores
+from words import (
+    States,
+    dictionary_facts,
+    encoder_of,
+    open_dictionary,
+    open_senses,
+    sentence_evaluators,
+    states_of,
+    word_encoder,
+)  # fmt: skip
 
 from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.word_sense import WiCEvaluator, statistics
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
 from hf_distill.multi_sense import MultiSenseStudent
-from hf_distill.student import encode_sorted, pool
-from hf_distill.token_teacher import TokenTeacher
+from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 from hf_distill.trainer import DistillationTrainer, last_checkpoint
 
 
@@ -22,6 +29,7 @@ class MultiSenseArguments(TextArguments):
     """What is multi-sense's own."""
 
     senses: str | None = field(default=None, metadata={"help": "A dictionary that exists: folder or Hub id; else one is made."})
+    dim: int | None = field(default=None, metadata={"help": "The teacher's width, for a student of another; else none."})
     k: int = field(default=20, metadata={"help": "Senses a token; rare tokens keep their states."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
     select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
@@ -58,18 +66,46 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir) / "senses"
     with report.timed("dictionary"):
         dictionary = open_dictionary(recipe, teacher, texts, folder, args.seed)
-    torch.manual_seed(args.seed)
-    student = MultiSenseStudent.from_backbone(recipe.backbone, **recipe.student_options(), projection_dim=recipe.projection(teacher))
+    student = MultiSenseStudent.from_backbone(recipe.backbone, **recipe.student_options(), projection_dim=recipe.dim)
     student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     student.attach(dictionary, recipe.senses or folder, select=recipe.select)
     with report.timed("caching"):
         senses = open_senses(recipe, teacher, dictionary, texts)
+    plain = SenseTeacher(teacher, dictionary, recipe.select)
 
-    def replaced(batch: list[str]) -> torch.Tensor:
-        states, ids, mask = senses_of.read(batch)
-        return dictionary.lookup(states, ids, mask, recipe.select)[0]
+    def add(name: str, states: States, parameters: int) -> None:
+        report.add(name, encoder_of(states), parameters, teacher.dim, prefixes=False)
+        scores = report.rows[name]["scores"]
+        scores |= wic(word_encoder(teacher.tokenizer, states)) if wic else {}
+        ends = [value for key, value in scores.items() if key.startswith("sts_") and "avg" not in key and "dev" not in key]
+        ends += [scores[key] for key in ("wic", "sst2_few", "trec_few") if key in scores]
+        scores |= {"end_avg": sum(ends) / len(ends)} if ends else {}
 
-    raise NotImplementedError
+    with report.timed("evaluation"):
+        add("teacher", teacher.states, teacher.num_parameters)
+        add("teacher, replaced", plain.replaced, teacher.num_parameters)
+        add("untrained student", states_of(student, replace=False), student.num_parameters())
+
+    trainer = DistillationTrainer(
+        model=student,
+        args=args,
+        train_dataset=texts.train,
+        teacher=senses,
+        loss=recipe.loss(),
+        peft_config=recipe.peft_config(),
+    )
+    with report.timed("training"):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.save_model()
+    with report.timed("evaluation"):
+        add("student, without senses", states_of(trainer.student, replace=False), student.num_parameters())
+        add("student", states_of(trainer.student, replace=True), student.num_parameters())
+    facts = {
+        "dictionary": {**dictionary.facts, **statistics(dictionary, texts.held_out)},
+        **dictionary_facts(recipe, dictionary),
+    }
+    print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers.utils import logging
 
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.evaluation.word_sense import ClassificationEvaluator, WiCEvaluator, sense_vectors, word_similarity
+from hf_distill.evaluation.word_sense import ClassificationEvaluator, sense_vectors, word_similarity
+from hf_distill.multi_sense import MultiSenseStudent
 from hf_distill.sense_builder import build_senses
 from hf_distill.senses import SenseDictionary
+from hf_distill.student import encode_sorted, pool
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 
 
 logger = logging.get_logger("hf_distill.words")
-States = Callable[[list[str]], Any]
+States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def open_dictionary(recipe: Any, teacher: TokenTeacher, texts: Any, folder: Path, seed: int) -> SenseDictionary:
@@ -61,9 +64,29 @@ def sentence_evaluators(recipe: Any) -> list[Any]:
     return [ClassificationEvaluator(folder, name) for name in names]
 
 
-def word_scores(recipe: Any, wic: WiCEvaluator | None, tokenizer: Any, states: States) -> dict[str, float]:
-    """Return the scores of words in context, by an encoder of token states."""
-    return {} if wic is None else wic(word_encoder(tokenizer, states))
+def encoder_of(states: States) -> Callable[..., torch.Tensor]:
+    """Return texts -> the mean of their real token states, of unit length, [N, D]."""
+
+    def embed(batch: list[str]) -> torch.Tensor:
+        return functional.normalize(pool(*states(batch), "mean"), dim=-1)
+
+    return lambda texts, **options: encode_sorted(embed, list(texts), 32)
+
+
+def states_of(student: MultiSenseStudent, replace: bool) -> States:
+    """Return texts -> (token states of a student in the teacher's space [N, T, D], mask [N, T]), with senses or without."""
+
+    @torch.no_grad()
+    def states(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
+        inputs = student.tokenizer(batch, **options).to(student.device)
+        output = student.eval()(**inputs)
+        found = output.states
+        if replace:
+            found, _ = student.dictionary.take(found, inputs["input_ids"], output.sense_scores)
+        return found.float().cpu(), inputs["attention_mask"].cpu()
+
+    return states
 
 
 def word_encoder(tokenizer: Any, states: States, batch_size: int = 64) -> Callable[[list[str], list[tuple[int, int]]], Any]:
@@ -73,8 +96,10 @@ def word_encoder(tokenizer: Any, states: States, batch_size: int = 64) -> Callab
         found = []
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            hidden = states(batch)
-            offsets = tokenizer(batch, return_offsets_mapping=True, truncation=True, max_length=hidden.shape[1])["offset_mapping"]
+            hidden, _ = states(batch)
+            offsets = tokenizer(batch, return_offsets_mapping=True, truncation=True, max_length=hidden.shape[1])[
+                "offset_mapping"
+            ]
             for row, (spans, (first, last)) in enumerate(zip(offsets, places[start : start + batch_size], strict=True)):
                 own = [i for i, (a, b) in enumerate(spans) if a < last and b > first and b > a and i < hidden.shape[1]]
                 # A word beyond the length limit has no state: the mean of the text stands for it.
