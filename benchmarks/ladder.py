@@ -56,8 +56,8 @@ def main() -> None:
                 recipe = [sys.executable, str(ROOT / "recipes" / "embed_distill.py")]
                 subprocess.run([*recipe, *options.flags, *own, "--index_report", "false"], check=True)
             rungs.setdefault(rung, []).append(json.loads((output / "results.json").read_text("utf-8")))
-    rows = {"teacher": cells([results["rows"]["teacher"]["scores"] for results in next(iter(rungs.values()))])}
-    rows |= {rung: cells([results["rows"]["student"]["scores"] for results in found]) for rung, found in rungs.items()}
+    rows = {"teacher": cells([results["rows"]["teacher"] for results in next(iter(rungs.values()))])}
+    rows |= {rung: cells([results["rows"]["student"] for results in found]) for rung, found in rungs.items()}
     for cell in rows.values():
         cell["of the teacher"] = 100 * cell["test"] / rows["teacher"]["test"]
     runs = {rung: [results["provenance"] for results in found] for rung, found in rungs.items()}
@@ -66,11 +66,11 @@ def main() -> None:
     print(table(rows))
 
 
-def cells(scores: list[dict[str, float]]) -> dict[str, Any]:
-    """Return nDCG@10 of dev and test, times 100: mean, and the range over the seeds."""
-    row: dict[str, Any] = {}
+def cells(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the parameters, and nDCG@10 of dev and test, times 100: mean, and the range over the seeds."""
+    row: dict[str, Any] = {"params": f"{found[0]['parameters'] / 1e6:.1f}M"}
     for split in ("dev", "test"):
-        values = [score[f"{split}_ndcg10"] for score in scores]
+        values = [one["scores"][f"{split}_ndcg10"] for one in found]
         row |= {split: statistics.mean(values), f"{split}, range": f"{min(values):.2f}–{max(values):.2f}"}
     return row
 

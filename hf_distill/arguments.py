@@ -279,7 +279,7 @@ class TranslationArguments(RecipeArguments):
         },
     )
     languages: list[str] | None = field(default=None, metadata={"help": "Codes to train on; all that are there if not given."})
-    max_pairs: int | None = field(default=None, metadata={"help": "At most so many pairs of a language."})
+    max_pairs: int | None = field(default=None, metadata={"help": "At most so many pairs of a language, drawn at random."})
     language_temperature: float = field(
         default=1.0, metadata={"help": "Shares of languages are n^(1/temperature): above 1, small ones are repeated."}
     )

@@ -56,9 +56,9 @@ def open_translations(recipe: Any, seed: int) -> Translations:
         train, apart = ([i for i in kept if keys[i] == side] for side in (False, True))
         apart = apart[: recipe.held_out]
         dev[code] = ([translation[i] for i in apart], [english[i] for i in apart])
-        parts[code] = dataset.select(train[: recipe.max_pairs]).rename_columns(
-            dict(zip(columns, ("english", "translation"), strict=True))
-        )
+        if recipe.max_pairs and len(train) > recipe.max_pairs:
+            train = sorted(random.Random(seed).sample(train, recipe.max_pairs))
+        parts[code] = dataset.select(train).rename_columns(dict(zip(columns, ("english", "translation"), strict=True)))
     empty = sorted(code for code, part in parts.items() if not len(part))
     if empty:
         raise ValueError(f"lealla: no pair of {empty} is left to train on, expected some. Lower --held_out, or leave them out.")

@@ -303,5 +303,7 @@ def checkpoint_kills():
 
 
 if __name__ == "__main__":
-    PartialState(cpu=True)
+    state = PartialState(cpu=True)
     globals()[sys.argv[1]]()
+    state.wait_for_everyone()  # gloo's threads may abort a process that leaves while another still works
+    state.destroy_process_group()

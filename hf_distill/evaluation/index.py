@@ -27,15 +27,17 @@ Search = Callable[[np.ndarray, int], np.ndarray]
 class IndexKind:
     """A kind of index.
 
-    factory: faiss's description of it ("HNSW32"); {lists} stands for 4 sqrt(N) inverted lists, {bytes} for D / 4 bytes of
-    product quantisation. settings: What is set on it before it searches. rescored: How many times k candidates are scored
-    again, for an index of sign bits. at_least: How many vectors it takes to make one.
+    factory: faiss's description of it ("HNSW32"); {lists} stands for 4 sqrt(N) inverted lists, {bytes} for D / 8 bytes of
+    product quantisation, or fewer. settings: What is set on it before it searches. rescored: How many times k candidates are
+    scored again, for an index of sign bits. at_least: How many vectors it takes to make one. trained_on: How many of them, at
+    most, it learns from.
     """
 
     factory: str
     settings: Mapping[str, int] | None = None
     rescored: int = 0
     at_least: int = 1
+    trained_on: int | None = None
 
 
 KINDS = {
@@ -43,7 +45,8 @@ KINDS = {
     "int8": IndexKind("SQ8"),
     "IVF": IndexKind("IVF{lists},Flat", {"nprobe": 16}),
     "HNSW": IndexKind("HNSW32,Flat", {"efSearch": 64}),
-    "PQ": IndexKind("PQ{bytes}x8", at_least=256),
+    # np: without polysemous training, which takes minutes and helps a search by Hamming distance only.
+    "PQ": IndexKind("PQ{bytes}x8np", at_least=256, trained_on=10_000),
     "binary, rescored": IndexKind("BFlat", rescored=10),
 }
 
@@ -123,7 +126,8 @@ def index_report(
 def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
     """Return a search, and the bytes that its index takes."""
     count, dim = documents.shape
-    description = kind.factory.format(lists=max(1, min(int(4 * count**0.5), count // 39)), bytes=max(1, dim // 4))
+    parts = next(parts for parts in range(max(1, dim // 8), 0, -1) if dim % parts == 0)  # of equal width
+    description = kind.factory.format(lists=max(1, min(int(4 * count**0.5), count // 39)), bytes=parts)
     if kind.rescored:
         bits = np.packbits(documents > 0, axis=1)
         binary = faiss.index_binary_factory(8 * bits.shape[1], description)
@@ -139,7 +143,8 @@ def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
 
         return search, bits.nbytes
     index = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
-    index.train(documents)
+    sample = np.random.default_rng(0).permutation(count)[: kind.trained_on] if kind.trained_on else slice(None)
+    index.train(documents[sample])
     index.add(documents)
     for setting, value in (kind.settings or {}).items():
         faiss.ParameterSpace().set_index_parameter(index, setting, value)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_distill.evaluation.index import KINDS, Space, index_report
+from hf_distill.evaluation.index import KINDS, Space, _build, index_report
 from hf_distill.evaluation.report import draw_index, index_table
 
 
@@ -53,6 +53,14 @@ def test_memory_is_what_the_kind_says(report):
     assert report["teacher, binary, rescored"]["times_smaller"] == pytest.approx(32, rel=0.01)
     assert sizes["teacher, PQ"] < sizes["teacher, int8"]
     assert sizes["teacher, HNSW"] > sizes["teacher, IVF"] > sizes["teacher, flat"]
+
+
+@pytest.mark.parametrize(("dim", "width"), [(16, 2), (20, 2), (23, 1), (100, 10)])
+def test_product_quantisation_takes_an_eighth_of_the_dimensions_or_a_divisor_below(dim, width):
+    documents = np.random.default_rng(0).normal(size=(2000, dim)).astype(np.float32)
+    search, size = _build(documents, KINDS["PQ"])
+    assert size == pytest.approx(2000 * width + 256 * dim * 4, rel=0.02)  # a byte a part, and 256 centroids of each
+    assert (search(documents[:5], 1) >= 0).all()
 
 
 def test_overlap_is_with_the_first_index(report, texts):
