@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .senses import SELECTIONS, SenseDictionary
+from .senses import SELECTIONS, SenseDictionary, require_same_tokens
 from .student import StudentModel, StudentOutput, pool
 
 
@@ -56,21 +56,31 @@ class MultiSenseStudent(StudentModel):
 
         Args:
             dictionary: Of the teacher's tokenizer, which must be the student's, too.
-            name: Where it is found again: folder or Hub id.
+            name: Where it is found again: folder, beside the student's (../name) or absolute, or Hub id.
             revision: Its branch, tag or commit on the Hub.
             select: How a sense is chosen: "dot" (the paper's code), "l2" or "cos".
 
         Raises:
             ValueError: If tokenizers or widths differ, or there is no such selection.
         """
-        dictionary.require_tokenizer(self.tokenizer, "the student")
-        if dictionary.dim != self.dim or select not in SELECTIONS:
-            raise ValueError(
-                f"MultiSenseStudent: the student's states have {self.dim} dimensions, the senses {dictionary.dim}, select is "
-                f"{select!r}, expected as many, and one of {SELECTIONS}. Make it with projection_dim={dictionary.dim}."
-            )
+        self.require_space(dictionary.tokenizer, dictionary.dim)
+        if select not in SELECTIONS:
+            raise ValueError(f"MultiSenseStudent: select is {select!r}, expected one of {SELECTIONS}.")
         self.settings["senses"] = {"name": str(name), "revision": revision, "select": select}
         self.dictionary = dictionary.to(self.device)
+
+    def require_space(self, tokenizer: Any, dim: int) -> None:
+        """Raise unless a teacher's senses can replace the student's states: the same tokens, the same width.
+
+        Raises:
+            ValueError: If not; the first token that differs is named.
+        """
+        require_same_tokens(tokenizer, self.tokenizer)
+        if dim != self.dim:
+            raise ValueError(
+                f"MultiSenseStudent: the student's states have {self.dim} dimensions, the senses {dim}, expected as many. None "
+                f"would fit. Make it with projection_dim={dim}."
+            )
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +94,9 @@ class MultiSenseStudent(StudentModel):
         known = model.settings.get("senses")
         if known is not None:
             hub_options = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
-            dictionary = SenseDictionary.from_pretrained(known["name"], revision=known["revision"], **hub_options)
+            beside = Path(name) / known["name"]
+            place = beside if beside.is_dir() else known["name"]
+            dictionary = SenseDictionary.from_pretrained(place, revision=known["revision"], **hub_options)
             model.attach(dictionary, **known)
         return found
 

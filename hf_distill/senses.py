@@ -6,11 +6,13 @@ itself requires. `sense_builder.py` makes dictionaries.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -118,35 +120,52 @@ class SenseDictionary(nn.Module):
         """Return `take` of `all_scores`."""
         return self.take(states, ids, self.all_scores(states, ids, mask, select))
 
-    def require_tokenizer(self, tokenizer: Any, whose: str) -> None:
-        """Raise if a tokenizer numbers tokens otherwise than the dictionary's.
-
-        Raises:
-            ValueError: If so; the first token that differs is named. A token would be replaced by senses of another.
-        """
-        own, other = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        if own == other:
-            return
-        differing = sorted(set(own.items()) ^ set(other.items()), key=lambda item: item[1])
-        token, number = differing[0]
-        raise ValueError(
-            f"SenseDictionary: its tokenizer and {whose}'s differ at token {number}: {self._word(own, number)!r} there, "
-            f"{self._word(other, number)!r} here ({token!r}), expected the same. A token would be replaced by the senses of "
-            "another. Use a student of the teacher's own tokenizer, whole."
-        )
-
-    @staticmethod
-    def _word(vocabulary: Mapping[str, int], number: int) -> str | None:
-        return next((token for token, i in vocabulary.items() if i == number), None)
-
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a repository of its own: senses.safetensors, with the facts as its metadata, and the tokenizer."""
+        """Write a repository of its own: senses.safetensors, with the facts as its metadata, the tokenizer, and a card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"senses": self.senses.half(), "offsets": self.offsets, "counts": self.counts}
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         save_file(tensors, folder / FILE, metadata={"format": "pt", "facts": json.dumps(self.facts)})
         self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(self.card(), encoding="utf-8")
+
+    def push_to_hub(self, name: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of its own; return its full id.
+
+        Args:
+            name: Of the repository; it is made if there is none.
+            private: Whether a new one is private.
+            token: Of the Hub; the one that is logged in with if not given.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            found = api.create_repo(name, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=found, folder_path=folder, commit_message="Sense dictionary")
+        return found
+
+    def card(self) -> str:
+        """Return the card of its repository, made from the facts."""
+        number = self.offsets.diff()
+        teacher = str(self.facts.get("teacher"))
+        data = ModelCardData(
+            library_name="hf_distill",
+            tags=["hf_distill", "sense-dictionary"],
+            base_model=teacher if teacher.count("/") == 1 else None,
+            license=self.facts.get("license"),
+        )
+        facts = "\n".join(f"| {key} | {value} |" for key, value in self.facts.items() if not isinstance(value, dict))
+        return (
+            f"---\n{data.to_yaml()}\n---\n\n# Senses of {teacher}\n\n"
+            f"For {int((number > 0).sum())} of {len(number)} tokens, up to {int(number.max())} vectors of {self.dim} "
+            "dimensions that stand for what the token means in different contexts: centroids of the teacher's states "
+            "([paper](https://huggingface.co/papers/2504.06036)). A student that names this repository replaces each of its "
+            "token states by one of them.\n\n"
+            "```python\nfrom hf_distill.senses import SenseDictionary\n\n"
+            'dictionary = SenseDictionary.from_pretrained("<this repository>")\n```\n\n'
+            f"| made from | |\n|---|---|\n{facts}\n"
+        )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub_options: Any) -> "SenseDictionary":
@@ -166,6 +185,27 @@ class SenseDictionary(nn.Module):
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
         return cls(**tensors, facts=facts, tokenizer=AutoTokenizer.from_pretrained(name, **hub_options))
+
+
+def require_same_tokens(tokenizer: Any, other: Any) -> None:
+    """Raise if a student's tokenizer numbers tokens otherwise than the teacher's.
+
+    Args:
+        tokenizer: The teacher's, or the dictionary's.
+        other: The student's.
+
+    Raises:
+        ValueError: If so; the first token that differs is named. A token would be replaced by senses of another.
+    """
+    words, others = ({number: word for word, number in known.get_vocab().items()} for known in (tokenizer, other))
+    differing = sorted(number for number in words.keys() | others.keys() if words.get(number) != others.get(number))
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"SenseDictionary: the tokenizers of teacher and student differ at token {first}: {words.get(first)!r} and "
+            f"{others.get(first)!r}, expected the same. A token would be replaced by the senses of another. Use a student of "
+            "the teacher's own tokenizer, whole."
+        )
 
 
 def _fit(states: Tensor, candidates: Tensor, select: str) -> Tensor:

@@ -2,24 +2,15 @@
 """Multi-sense (arXiv 2504.06036): a sense dictionary, and a student that speaks it. Flags: --help, --config file.yaml."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from inputs import begin, sts_evaluators, training_texts
-from words import (
-    States,
-    dictionary_facts,
-    encoder_of,
-    open_dictionary,
-    open_senses,
-    sentence_evaluators,
-    states_of,
-    word_encoder,
-)  # fmt: skip
+from inputs import begin, training_texts
+from words import EndTasks, dictionary_facts, open_dictionary, open_senses, student_states
 
 from hf_distill.arguments import TextArguments
-from hf_distill.evaluation.word_sense import WiCEvaluator, statistics
+from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
 from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.senses import SELECTIONS
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 from hf_distill.trainer import DistillationTrainer, last_checkpoint
 
@@ -30,7 +21,7 @@ class MultiSenseArguments(TextArguments):
 
     senses: str | None = field(default=None, metadata={"help": "A dictionary that exists: folder or Hub id; else one is made."})
     dim: int | None = field(default=None, metadata={"help": "The teacher's width, for a student of another; else none."})
-    k: int = field(default=20, metadata={"help": "Senses a token; rare tokens keep their states."})
+    k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
     select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
     teacher_layer: int = field(default=-1, metadata={"help": "Whose states; -1 is the last."})
@@ -39,10 +30,18 @@ class MultiSenseArguments(TextArguments):
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error of states (live teacher)."})
     soft: bool = field(default=False, metadata={"help": "Learn the teacher's distribution over senses, not its choice (live)."})
     temperature: float = field(default=1.0, metadata={"help": "What scores of senses are divided by."})
-    wic: str | None = field(default=None, metadata={"help": "Folder of Word-in-Context: train, dev, test."})
-    wic_test: str = field(default="test", metadata={"help": "Its split to score: test, or dev to choose on."})
     words: str | None = field(default=None, metadata={"help": "Table of word similarity: word1, word2, score, set."})
+    wic: str | None = field(default=None, metadata={"help": "Folder of Word-in-Context: train, dev, test."})
     classification: str | None = field(default=None, metadata={"help": "Folder of <name>-train and <name>-test: text, label."})
+    split: str = field(default="test", metadata={"help": "Of the last two, what is scored: test, or dev to choose on."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select not in SELECTIONS or self.k < 1 or self.cap < self.k:
+            raise ValueError(
+                f"multi_sense: select is {self.select!r}, k is {self.k}, cap {self.cap}, expected one of {SELECTIONS}, and "
+                "from 1 to cap senses a token."
+            )
 
     def loss(self) -> WeightedLoss:
         """Return the weighted parts; what has weight 0 is not computed."""
@@ -55,36 +54,28 @@ class MultiSenseArguments(TextArguments):
 def main(argv: list[str] | None = None) -> None:
     """Build the dictionary, train the student on the teacher's senses, measure both with and without them."""
     recipe, args, report = begin("multi_sense", SenseLoss.paper, MultiSenseArguments, argv)
-    report.evaluators = [*sts_evaluators(recipe), *sentence_evaluators(recipe)]
-    wic = WiCEvaluator(recipe.wic, test=recipe.wic_test) if recipe.wic else None
-    seen = [text for evaluator in [*report.evaluators, *([wic] if wic else [])] for text in evaluator.texts()]
-    texts = training_texts(recipe, args, seen)
+    tasks = EndTasks(recipe, report)
+    texts = training_texts(recipe, args, tasks.texts())
 
     options = {"layer": recipe.teacher_layer, "bidirectional": recipe.bidirectional, "max_length": recipe.teacher_max_length}
     teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
     teacher.name = recipe.teacher_name or teacher.name
-    folder = Path(args.output_dir) / "senses"
-    with report.timed("dictionary"):
-        dictionary = open_dictionary(recipe, teacher, texts, folder, args.seed)
     student = MultiSenseStudent.from_backbone(recipe.backbone, **recipe.student_options(), projection_dim=recipe.dim)
     student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
-    student.attach(dictionary, recipe.senses or folder, select=recipe.select)
+    student.require_space(teacher.tokenizer, teacher.dim)
+    size = student.num_parameters()
+    with report.timed("dictionary"):
+        dictionary, place = open_dictionary(recipe, args, teacher, texts)
+    student.attach(dictionary, place, select=recipe.select)
+    live = SenseTeacher(teacher, dictionary, recipe.select)
     with report.timed("caching"):
         senses = open_senses(recipe, teacher, dictionary, texts)
-    plain = SenseTeacher(teacher, dictionary, recipe.select)
-
-    def add(name: str, states: States, parameters: int) -> None:
-        report.add(name, encoder_of(states), parameters, teacher.dim, prefixes=False)
-        scores = report.rows[name]["scores"]
-        scores |= wic(word_encoder(teacher.tokenizer, states)) if wic else {}
-        ends = [value for key, value in scores.items() if key.startswith("sts_") and "avg" not in key and "dev" not in key]
-        ends += [scores[key] for key in ("wic", "sst2_few", "trec_few") if key in scores]
-        scores |= {"end_avg": sum(ends) / len(ends)} if ends else {}
 
     with report.timed("evaluation"):
-        add("teacher", teacher.states, teacher.num_parameters)
-        add("teacher, replaced", plain.replaced, teacher.num_parameters)
-        add("untrained student", states_of(student, replace=False), student.num_parameters())
+        report.evaluators.insert(0, FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims))
+        tasks.add("teacher", teacher.states, teacher, teacher.num_parameters)
+        tasks.add("teacher, replaced", live.replaced, teacher, teacher.num_parameters)
+        tasks.add("untrained student", student_states(student, replace=False), student, size)
 
     trainer = DistillationTrainer(
         model=student,
@@ -98,12 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
     with report.timed("evaluation"):
-        add("student, without senses", states_of(trainer.student, replace=False), student.num_parameters())
-        add("student", states_of(trainer.student, replace=True), student.num_parameters())
-    facts = {
-        "dictionary": {**dictionary.facts, **statistics(dictionary, texts.held_out)},
-        **dictionary_facts(recipe, dictionary),
-    }
+        tasks.add("student, without senses", student_states(student, replace=False), student, size)
+        tasks.add("student", student_states(student, replace=True), student, size)
+    facts = dictionary_facts(recipe, live, texts.held_out)
     print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))
     trainer.end()
 

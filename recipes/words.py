@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe on words is given: a teacher of tokens, its sense dictionary, and tests of words and sentences."""
+"""What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from demo import EMBEDDED, gcide_contexts
+from inputs import sts_evaluators
 from torch.nn import functional
-from transformers.utils import logging
 
 from hf_distill.cache import TeacherCache, cache_folder
-from hf_distill.evaluation.word_sense import ClassificationEvaluator, sense_vectors, word_similarity
+from hf_distill.evaluation.report import RunReport
+from hf_distill.evaluation.word_sense import (
+    ClassificationEvaluator,
+    WiCEvaluator,
+    sense_purity,
+    sense_vectors,
+    statistics,
+    word_similarity,
+    word_states,
+)
 from hf_distill.multi_sense import MultiSenseStudent
 from hf_distill.sense_builder import build_senses
 from hf_distill.senses import SenseDictionary
@@ -19,12 +30,55 @@ from hf_distill.student import encode_sorted, pool
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 
 
-logger = logging.get_logger("hf_distill.words")
 States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def open_dictionary(recipe: Any, teacher: TokenTeacher, texts: Any, folder: Path, seed: int) -> SenseDictionary:
-    """Return the dictionary that `--senses` names, or one made from the texts; it lies in `folder`, or where it was.
+class EndTasks:
+    """The tests of sentences and words that `--sts`, `--sts_dev`, `--classification` and `--wic` name, and their mean.
+
+    The mean, end_avg, is over the STS sets, Word-in-Context, and each classification set with few labels.
+    """
+
+    def __init__(self, recipe: Any, report: RunReport) -> None:
+        folder, split = recipe.classification, recipe.split
+        names = sorted({path.name.split("-")[0] for path in Path(folder).glob(f"*-{split}.*")}) if folder else []
+        if folder and not names:
+            raise FileNotFoundError(f"multi_sense: no file *-{split}.* in {folder}, expected <name>-train and <name>-{split}.")
+        report.evaluators = [*sts_evaluators(recipe), *(ClassificationEvaluator(folder, name, split) for name in names)]
+        self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
+        self.report, self.few = report, [f"{name}_few" for name in names]
+
+    def texts(self) -> list[str]:
+        """Return what they score, which no training may hold."""
+        sets = [*self.report.evaluators, *([self.wic] if self.wic else [])]
+        return [text for evaluator in sets for text in evaluator.texts()]
+
+    def add(self, name: str, states: States, model: Any, parameters: int) -> None:
+        """Score a row of the table.
+
+        Args:
+            name: Of the row.
+            states: texts -> (token states [N, T, D], mask [N, T]).
+            model: The teacher or student that they are of: its tokenizer and width.
+            parameters: How many weights a state runs through.
+        """
+
+        def embed(batch: list[str]) -> torch.Tensor:
+            return functional.normalize(pool(*states(batch), "mean"), dim=-1)
+
+        self.report.add(name, lambda texts: encode_sorted(embed, list(texts), 32), parameters, model.dim, prefixes=False)
+        scores = self.report.rows[name]["scores"]
+        if self.wic:
+            scores |= self.wic(word_states(model.tokenizer, states))
+        ends = [scores[key] for key in scores if key in self.few or key == "wic" or (key[:4] == "sts_" and key != "sts_avg")]
+        if ends:
+            scores["end_avg"] = float(np.mean(ends))
+
+
+def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -> tuple[SenseDictionary, str]:
+    """Return (the dictionary that `--senses` names, or one made from the texts; the name that a student finds it by).
+
+    One that is made lies beside the output folder, and with `--push_to_hub` in a repository beside the student's.
 
     Raises:
         ValueError: If most of the texts' tokens have no sense in it: little would be replaced, or learned.
@@ -36,14 +90,24 @@ def open_dictionary(recipe: Any, teacher: TokenTeacher, texts: Any, folder: Path
         missing = 1 - dictionary.known(ids).float().mean().item()
         if missing > 0.5:
             raise ValueError(
-                f"multi_sense: {missing:.0%} of the texts' tokens have no sense in {recipe.senses}, expected few. Little would be "
-                "replaced, and less learned. Build one from texts of this kind: leave --senses out."
+                f"multi_sense: {missing:.0%} of the texts' tokens have no sense in {recipe.senses}, expected few. Little would "
+                "be replaced, and less learned. Build one from texts of this kind: leave --senses out."
             )
-        return dictionary
-    place = cache_folder(recipe.cache_dir, teacher).with_name(f"{cache_folder(recipe.cache_dir, teacher).name}-states")
-    dictionary = build_senses(teacher, texts.all(), place, recipe.k, recipe.cap, seed, recipe.teacher_batch_size)
-    dictionary.save_pretrained(folder)
-    return dictionary
+        return dictionary, recipe.senses
+    states = cache_folder(recipe.cache_dir, teacher)
+    states = states.with_name(f"{states.name}-states")
+    dictionary = build_senses(teacher, texts.all(), states, recipe.k, recipe.cap, args.seed, recipe.teacher_batch_size)
+    dictionary.facts["select"] = recipe.select
+    folder = Path(args.output_dir)
+    folder = folder.with_name(f"{folder.name}-senses")
+    if args.process_index == 0:
+        dictionary.save_pretrained(folder)
+    if not args.push_to_hub:
+        return dictionary, f"../{folder.name}"
+    name = f"{args.hub_model_id or Path(args.output_dir).name}-senses"
+    if args.process_index == 0:
+        name = dictionary.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
+    return dictionary, broadcast_object_list([name])[0]
 
 
 def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary, texts: Any) -> Any:
@@ -57,23 +121,7 @@ def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary,
     return cache
 
 
-def sentence_evaluators(recipe: Any) -> list[Any]:
-    """Return the sets that `--classification` names, with few labels and with all."""
-    folder = recipe.classification
-    names = sorted({path.name.split("-")[0] for path in Path(folder).glob("*-test.*")}) if folder else []
-    return [ClassificationEvaluator(folder, name) for name in names]
-
-
-def encoder_of(states: States) -> Callable[..., torch.Tensor]:
-    """Return texts -> the mean of their real token states, of unit length, [N, D]."""
-
-    def embed(batch: list[str]) -> torch.Tensor:
-        return functional.normalize(pool(*states(batch), "mean"), dim=-1)
-
-    return lambda texts, **options: encode_sorted(embed, list(texts), 32)
-
-
-def states_of(student: MultiSenseStudent, replace: bool) -> States:
+def student_states(student: MultiSenseStudent, replace: bool) -> States:
     """Return texts -> (token states of a student in the teacher's space [N, T, D], mask [N, T]), with senses or without."""
 
     @torch.no_grad()
@@ -89,29 +137,13 @@ def states_of(student: MultiSenseStudent, replace: bool) -> States:
     return states
 
 
-def word_encoder(tokenizer: Any, states: States, batch_size: int = 64) -> Callable[[list[str], list[tuple[int, int]]], Any]:
-    """Return a function: texts and the characters of a word in each -> the mean state of its tokens, [N, D]."""
-
-    def encode(texts: list[str], places: list[tuple[int, int]]) -> np.ndarray:
-        found = []
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            hidden, _ = states(batch)
-            offsets = tokenizer(batch, return_offsets_mapping=True, truncation=True, max_length=hidden.shape[1])[
-                "offset_mapping"
-            ]
-            for row, (spans, (first, last)) in enumerate(zip(offsets, places[start : start + batch_size], strict=True)):
-                own = [i for i, (a, b) in enumerate(spans) if a < last and b > first and b > a and i < hidden.shape[1]]
-                # A word beyond the length limit has no state: the mean of the text stands for it.
-                found.append(hidden[row, own].mean(0) if own else hidden[row].mean(0))
-        return torch.stack(found).float().cpu().numpy()
-
-    return encode
-
-
-def dictionary_facts(recipe: Any, dictionary: SenseDictionary) -> dict[str, Any]:
-    """Return how similar words are by their senses, and by one centroid each."""
-    if not recipe.words:
-        return {}
-    many, one = (word_similarity(sense_vectors(dictionary, single), recipe.words) for single in (False, True))
-    return {"words": {"senses": many, "one centroid": one}}
+def dictionary_facts(recipe: Any, source: SenseTeacher, texts: list[str]) -> dict[str, Any]:
+    """Return what the dictionary costs and covers; how similar words are by their senses, and by one centroid each."""
+    dictionary = source.dictionary
+    facts: dict[str, Any] = {"dictionary": {**dictionary.facts, **statistics(dictionary, texts)}}
+    if EMBEDDED in recipe.texts:
+        facts["dictionary"] |= sense_purity(source, gcide_contexts())
+    if recipe.words:
+        found = (word_similarity(sense_vectors(dictionary, single), recipe.words) for single in (False, True))
+        facts["words"] = dict(zip(("senses", "one centroid"), found, strict=True))
+    return facts

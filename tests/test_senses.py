@@ -290,7 +290,7 @@ def test_students_that_do_not_fit_the_dictionary_are_refused(dictionary, backbon
         MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16, activation="tanh")
     other = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16)
     other.tokenizer.add_tokens(["zebra"])
-    with pytest.raises(ValueError, match=r"differ at token 28: None there, 'zebra' here"):
+    with pytest.raises(ValueError, match="differ at token 28: None and 'zebra'"):
         other.attach(dictionary, tmp_path)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Words and their senses: similarity of words, words in context, and classification on frozen embeddings."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,30 @@ def word_place(text: str, index: int) -> tuple[int, int]:
     return start, start + len(words[index])
 
 
+def word_states(tokenizer: Any, states: Callable[[list[str]], Any], batch_size: int = 64) -> EncodeWords:
+    """Return a function: texts and the characters of a word in each -> the mean state of its tokens, [N, D].
+
+    Args:
+        tokenizer: A fast one.
+        states: texts -> (token states [N, T, D], mask [N, T]).
+        batch_size: Texts of one call.
+    """
+
+    def encode(texts: list[str], places: list[tuple[int, int]]) -> np.ndarray:
+        found = []
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            hidden, _ = states(batch)
+            spans = tokenizer(batch, return_offsets_mapping=True, truncation=True, max_length=hidden.shape[1])["offset_mapping"]
+            for row, own, (first, last) in zip(hidden, spans, places[start : start + batch_size], strict=True):
+                chosen = [i for i, (a, b) in enumerate(own) if max(a, first) < min(b, last)]
+                # A word beyond the length limit has no state: the mean of the text stands for it.
+                found.append((row[chosen] if chosen else row[: len(own)]).mean(0))
+        return np.stack([np.asarray(vector) for vector in found])
+
+    return encode
+
+
 def _require(rows: Any, columns: set[str], source: str | Path) -> None:
     missing = columns - set(rows.column_names)
     if missing:
@@ -223,6 +248,55 @@ def sense_vectors(dictionary: Any, single: bool = False) -> Callable[[str], np.n
         return dictionary.of(tokens[0]).double().cpu().numpy()
 
     return senses
+
+
+def sense_purity(source: Any, contexts: Sequence[tuple[str, str, Any]], draws: int = 20, seed: int = 42) -> dict[str, float]:
+    """Return how far senses separate what lexicographers separate: the purity of senses in terms of definitions, times 100.
+
+    Of the contexts that have one sense, the share that has its most frequent definition, over all words that are one token
+    and have several definitions (purity: Manning, Raghavan and Schütze 2008, section 16.3). Few contexts a sense make purity
+    high by themselves; purity_by_chance is that of the same senses dealt out to the word's contexts at random.
+
+    Args:
+        source: The `SenseTeacher` that chooses senses.
+        contexts: (word, text that holds it, definition that it has there).
+        draws: Random dealings.
+        seed: Of them.
+
+    Returns:
+        purity, purity_by_chance, contexts (how many counted); nothing if none does.
+    """
+    vocabulary = source.teacher.tokenizer
+    tokens = {word: vocabulary(word, add_special_tokens=False)["input_ids"] for word, _, _ in contexts}
+    rows = [row for row in contexts if len(tokens[row[0]]) == 1]
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        states, ids, mask = source.read([text for _, text, _ in batch])
+        _, chosen = source.dictionary.lookup(states, ids, mask, source.select)
+        for place, (word, _, definition) in enumerate(batch):
+            own = (ids[place] == tokens[word][0]) & (chosen[place] >= 0)
+            if own.any():
+                found.setdefault(word, []).append((int(chosen[place][own][0]), definition))
+    words = [tuple(zip(*pairs, strict=True)) for pairs in found.values() if len({definition for _, definition in pairs}) > 1]
+    total = sum(len(senses) for senses, _ in words)
+    if not total:
+        return {}
+
+    def purity(dealt: list[tuple[Any, Any]]) -> float:
+        right = 0
+        for senses, definitions in dealt:
+            together: dict[int, Counter] = {}
+            for sense, definition in zip(senses, definitions, strict=True):
+                together.setdefault(sense, Counter())[definition] += 1
+            right += sum(max(counts.values()) for counts in together.values())
+        return 100 * right / total
+
+    random = np.random.default_rng(seed)
+    chance = [
+        purity([(random.permutation(senses).tolist(), definitions) for senses, definitions in words]) for _ in range(draws)
+    ]
+    return {"purity": purity(words), "purity_by_chance": float(np.mean(chance)), "contexts": total}
 
 
 def statistics(dictionary: Any, texts: Sequence[str]) -> dict[str, float]:
