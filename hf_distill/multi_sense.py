@@ -51,6 +51,21 @@ class MultiSenseStudent(StudentModel):
         self.dictionary: SenseDictionary | None = None
         self.replace = True
 
+    @classmethod
+    def from_backbone(cls, name: str, *, bidirectional: bool = False, **options: Any) -> "MultiSenseStudent":
+        """Make a student from a pretrained encoder or language model; see `StudentModel.from_backbone`.
+
+        Args:
+            name: Folder or Hub id.
+            bidirectional: Let a causal model see both sides, as `TokenTeacher` of that name does; kept in config.json.
+            **options: As there.
+        """
+        student = super().from_backbone(name, **options)
+        student.tokenizer.pad_token = student.tokenizer.pad_token or student.tokenizer.eos_token
+        if bidirectional:
+            student.config.is_causal = student.backbone.config.is_causal = False
+        return student
+
     def attach(self, dictionary: SenseDictionary, name: str | Path, revision: str | None = None, select: str = "dot") -> None:
         """Let the student speak a dictionary's senses.
 

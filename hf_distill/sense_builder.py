@@ -101,7 +101,8 @@ def build_senses(
     facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "layer": teacher.layer, **rule, "cap": cap}
     facts |= {"seed": seed, "texts": count, "occurrences": len(whole)}
     state.wait_for_everyone()
-    tensors = (torch.from_numpy(values) for values in (senses[order], offsets, counts[order]))
+    # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
+    tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
     return SenseDictionary(*tensors, facts, teacher.tokenizer)
 
 

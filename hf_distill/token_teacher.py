@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .senses import SELECTIONS, SenseDictionary
 from .student import encode_sorted, load_safe, longest_input, pool
@@ -58,7 +58,8 @@ class TokenTeacher(Teacher):
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"  # places are counted from the first token
         if bidirectional:
-            load_options["is_causal"] = False
+            load_options["config"] = AutoConfig.from_pretrained(folder)
+            load_options["config"].is_causal = False
         options = {"dtype": self.dtype, "output_loading_info": True, **load_options}
         self.model, info = load_safe(AutoModel, folder, **options)
         lost = [key for key in info["missing_keys"] if "pooler." not in key]

@@ -57,10 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     tasks = EndTasks(recipe, report)
     texts = training_texts(recipe, args, tasks.texts())
 
-    options = {"layer": recipe.teacher_layer, "bidirectional": recipe.bidirectional, "max_length": recipe.teacher_max_length}
+    options = {"layer": recipe.teacher_layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
     teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
     teacher.name = recipe.teacher_name or teacher.name
-    student = MultiSenseStudent.from_backbone(recipe.backbone, **recipe.student_options(), projection_dim=recipe.dim)
+    options = {**recipe.student_options(), "projection_dim": recipe.dim, "bidirectional": recipe.bidirectional}
+    student = MultiSenseStudent.from_backbone(recipe.backbone, **options)
     student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     student.require_space(teacher.tokenizer, teacher.dim)
     size = student.num_parameters()
@@ -77,14 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         tasks.add("teacher, replaced", live.replaced, teacher, teacher.num_parameters)
         tasks.add("untrained student", student_states(student, replace=False), student, size)
 
-    trainer = DistillationTrainer(
-        model=student,
-        args=args,
-        train_dataset=texts.train,
-        teacher=senses,
-        loss=recipe.loss(),
-        peft_config=recipe.peft_config(),
-    )
+    given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}
+    trainer = DistillationTrainer(model=student, args=args, **given)
     with report.timed("training"):
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
