@@ -75,7 +75,7 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     log = [line for line in results["log_history"] if "sense_accuracy" in line]
     assert log[-1]["sense_accuracy"] > log[0]["sense_accuracy"] + 0.1
     card = (folder / "out" / "README.md").read_text()
-    assert "multi_sense" in card
+    assert "Multi-Sense Embeddings for Language Models" in card
     assert "replaced by senses of the dictionary `../out-senses`" in card
     assert 'the row "student, without senses"' in card
     check_layout(folder / "out")
