@@ -13,6 +13,9 @@ embed-distill: .venv/demo  ## EmbedDistill: a small query encoder over the teach
 lealla: .venv/demo  ## LEALLA: a thin, deep student that finds verses of old Bibles in a modern one, offline
 	$(BIN)/accelerate launch recipes/lealla.py $(ARGS)
 
+multi-sense: .venv/demo  ## Multi-sense: a dictionary of what all-MiniLM-L6-v2's tokens mean, and 3 layers that speak it, offline
+	$(BIN)/accelerate launch recipes/multi_sense.py $(ARGS)
+
 test: .venv/test  ## the fast tests (ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -39,4 +42,4 @@ $(BIN)/python:
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 12
 
-.PHONY: hpd embed-distill lealla test test-all check bench cards help
+.PHONY: hpd embed-distill lealla multi-sense test test-all check bench cards help

@@ -18,6 +18,8 @@ _PAPERS = {
     "2301.12005": "EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval (Kim and others, 2023)",
     "2302.08387": "LEALLA: Learning Lightweight Language-agnostic Sentence Embeddings with Knowledge Distillation (Mao and "
     "Nakagawa, EACL 2023)",
+    "2504.06036": "Multi-Sense Embeddings for Language Models and Knowledge Distillation (Wang and others, "
+    "Findings of ACL 2025)",
 }
 _STS = {"task_type": "STS", "metric_type": "cosine_spearman", "metric_name": "Spearman × 100"}
 _BITEXT = {"task_type": "BitextMining", "metric_type": "accuracy", "metric_name": "accuracy × 100, mean of both directions"}

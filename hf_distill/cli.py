@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-distill`: cache a teacher, evaluate an encoder, look into a student; the library's own functions from a terminal."""
+"""`hf-distill`: cache a teacher, evaluate an encoder, look into students and senses, from a terminal."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -152,6 +153,46 @@ def inspect(
     _show(facts, student)
     if output:
         output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+@_command
+def explain(
+    dictionary: Annotated[str, typer.Argument(help="Sense dictionary: folder or Hub id.")],
+    words: Annotated[list[str], typer.Argument(help="Words of one token each.")],
+    teacher: Annotated[str | None, typer.Option(help="What it was made from, to see contexts: folder or Hub id.")] = None,
+    texts: Annotated[str | None, typer.Option(help=_TEXTS)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for a map of each word's contexts, <word>.png.")] = None,
+) -> None:
+    """Show the senses of words: how often each occurs, the words near it and, with a teacher and texts, its contexts.
+
+    Example: `hf-distill explain senses bank --teacher sentence-transformers/all-MiniLM-L6-v2 --texts my.txt --plot maps`
+    """
+    from .data import load_texts, split_source, text_columns
+    from .evaluation.explain import explain as explain_word
+    from .senses import SenseDictionary
+    from .token_teacher import TokenTeacher
+
+    if (teacher is None) != (texts is None) or (plot and texts is None):
+        raise ValueError("explain: contexts and maps need both --teacher and --texts. Give both.")
+    found = SenseDictionary.from_pretrained(dictionary)
+    live, rows = None, []
+    if teacher and texts:
+        made = found.facts["fingerprint"]
+        options = {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype")}
+        live = TokenTeacher(teacher, **options)
+        name, names = split_source(texts)
+        dataset = load_texts(name)
+        rows = dataset[text_columns(dataset, names)[0]]
+    for word in words:
+        explained = explain_word(word, found, live, rows)
+        table = Table("sense", "counted", "here", "near", "contexts", title=word, title_justify="left", show_lines=True)
+        for row in explained.by_count():
+            cells = (row["sense"], row["count"], row["found"], ", ".join(row["neighbours"]), "\n".join(row["contexts"]))
+            table.add_row(*(escape(str(cell)) for cell in cells))
+        _OUT.print(table)
+        if plot:
+            plot.mkdir(parents=True, exist_ok=True)
+            explained.draw(plot / f"{word}.png")
 
 
 def _show(facts: dict[str, Any], title: str) -> None:

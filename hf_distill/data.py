@@ -249,7 +249,8 @@ class DistillationCollator:
         batch = {**batch, "texts": torch.tensor([[_number(text) for text in row] for row in texts])}
         if self.teacher is not None:
             # Never under the name `labels`: the Trainer would take it for a model's own loss.
-            batch["targets"] = self.teacher.targets(texts)
+            targets = self.teacher.targets(texts)
+            batch |= targets if isinstance(targets, dict) else {"targets": targets}
         if self.reranker is not None:
             pairs = [pair(row[0], document) for row in texts for document in row[1:]]
             batch["scores"] = self.reranker.encode(pairs)[:, 0].reshape(len(rows), -1)

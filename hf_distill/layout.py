@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from .multi_sense import MultiSenseStudent
 from .student import StudentModel
 
 
@@ -34,7 +35,9 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
             downstream would get other embeddings than those that were measured.
     """
     folder, sample = str(folder), list(texts)
-    ours = StudentModel.from_pretrained(folder).encode(sample, convert_to_tensor=True)
+    kind = MultiSenseStudent if "senses" in AutoConfig.from_pretrained(folder).hf_distill else StudentModel
+    student = kind.from_pretrained(folder)
+    ours = student.encode(sample, convert_to_tensor=True)
     found: dict[str, float | str] = {}
 
     def compare(loader: str, vectors: Any) -> None:
@@ -46,7 +49,7 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
             )
 
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    if type(remote).__name__ != StudentModel.__name__:
+    if type(remote).__name__ != kind.__name__:
         raise ValueError(f"check_layout: AutoModel with remote code opens {folder} as {type(remote).__name__}, not a student.")
     compare("AutoModel(trust_remote_code=True)", remote.encode(sample, convert_to_tensor=True))
     _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -60,5 +63,7 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
     else:
         from sentence_transformers import SentenceTransformer
 
+        if kind is MultiSenseStudent:  # it knows of no senses
+            ours = student.encode(sample, convert_to_tensor=True, replace=False)
         compare("SentenceTransformer", SentenceTransformer(folder, device="cpu").encode(sample, show_progress_bar=False))
     return found

@@ -142,6 +142,7 @@ class StudentModel(PreTrainedModel):
     config_class = PreTrainedConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    _files, _published_as = ("student.py",), "student.StudentModel"  # what goes along with the weights
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _keys_to_ignore_on_load_missing = [r"^projection\."]  # read from 2_Dense/, strictly, in from_pretrained
@@ -475,11 +476,11 @@ class StudentModel(PreTrainedModel):
         }
         config = self.backbone.config
         config.hf_distill = self.settings
-        config.auto_map = {"AutoModel": "student.StudentModel"}
+        config.auto_map = {"AutoModel": self._published_as}
         self.backbone.save_pretrained(folder, state_dict=part["backbone."], max_shard_size=max_shard_size, **kwargs)
-        source = Path(__file__)
-        if source.resolve() != (folder / "student.py").resolve():
-            shutil.copyfile(source, folder / "student.py")
+        for source in map(Path(__file__).with_name, self._files):
+            if source.resolve() != (folder / source.name).resolve():
+                shutil.copyfile(source, folder / source.name)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         self._write_sentence_transformers(folder, part["projection."])

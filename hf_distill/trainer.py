@@ -30,6 +30,8 @@ from .teachers import ProjectedTeacher, Teacher
 
 
 RUN_FILE = "distillation.json"
+# What a batch holds that is for the loss, not for the student.
+_TAUGHT = ("targets", "scores", "texts", "senses", "sense_scores", "states")
 # What a checkpoint needs to go on, and nobody else should get.
 _NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", TRAINING_HEAD)
 
@@ -210,13 +212,13 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Return the sum of the loss's parts, a mean over the batch."""
         inputs = dict(inputs)
-        batch = {name: inputs.pop(name) for name in ("targets", "scores", "texts") if name in inputs}
+        batch = {name: inputs.pop(name) for name in _TAUGHT if name in inputs}
         outputs = self._forward(model, inputs)
         fields = {name: self._columns_of(outputs[name], name, batch) for name in self.loss.outputs}
         if self.loss.in_batch:
             fields, batch = gather_rows(fields), gather_rows(batch)
         parts = self.loss.of(fields, batch)
-        loss = torch.stack(list(parts.values())).sum()
+        loss = torch.stack([value for name, value in parts.items() if name not in self.loss.monitored]).sum()
         if not torch.isfinite(loss):
             finite = all(bool(torch.isfinite(value).all()) for value in batch.values())
             raise FloatingPointError(
@@ -227,7 +229,8 @@ class DistillationTrainer(Trainer):
             )
         if model.training:
             mask = inputs["attention_mask"]
-            self._add({f"loss_{name}": value.detach() for name, value in parts.items()})
+            logged = {name if name in self.loss.monitored else f"loss_{name}": value for name, value in parts.items()}
+            self._add({name: value.detach() for name, value in logged.items()})
             self._add({"padding": 1 - mask.sum() / mask.numel()})
         return (loss, outputs) if return_outputs else loss
 

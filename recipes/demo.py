@@ -110,6 +110,16 @@ def gcide_texts() -> Dataset:
     return Dataset.from_dict({"text": [text for text in texts if text and text not in IN_STS]})
 
 
+def gcide_contexts() -> list[tuple[str, str, str]]:
+    """Return (headword, a usage example that holds it as it is, the definition that it illustrates) of GCIDE."""
+    return [
+        (word, example.strip(), definition["text"])
+        for word, definition in _gcide_entries()
+        for example in definition["examples"]
+        if word.lower() in example.lower().split()
+    ]
+
+
 def gcide_collection(test_queries: int = 2000, seed: int = 42) -> tuple[Any, Any]:
     """Return (training, test) `RetrievalData` of GCIDE: which entry explains a word as a sentence uses it?
 

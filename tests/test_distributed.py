@@ -212,3 +212,18 @@ def test_killed_at_any_write_of_a_checkpoint_training_goes_on_and_ends_the_same(
         assert all(torch.equal(whole[key], other[key]) for key in whole)
         history = json.loads((folder / name / "checkpoint-9" / "trainer_state.json").read_text())["log_history"]
         assert [line["loss"] for line in history] == [line["loss"] for line in state]
+
+
+def test_two_processes_make_the_dictionary_of_one(folder):
+    from hf_distill.senses import SenseDictionary
+
+    for processes in (1, 2):
+        succeed("senses", folder, processes)
+    facts = [json.loads((folder / f"senses-{n}.json").read_text()) for n in (1, 2)]
+    assert [len(fact["read"]) for fact in facts] == [fact["world"] for fact in facts] == [1, 2]
+    assert facts[0]["read"][0] > 250  # a text whose tokens are all above the sample is not read
+    assert all(100 < count < 200 for count in facts[1]["read"])
+    one, two = (SenseDictionary.from_pretrained(folder / f"dictionary-{n}") for n in (1, 2))
+    assert torch.equal(one.offsets, two.offsets)
+    assert torch.equal(one.counts, two.counts)
+    assert (one.senses - two.senses).abs().max() < 2e-3  # float16, and batches of other lengths

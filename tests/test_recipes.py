@@ -52,7 +52,7 @@ def run(flags, output, monkeypatch, cache="cache"):
 
 def test_every_recipe_is_in_the_table_has_a_target_and_a_hundred_lines():
     recipes = sorted(path.stem for path in RECIPES.glob("*.py") if "def main(" in path.read_text())
-    assert recipes == ["embed_distill", "hpd", "lealla"]
+    assert recipes == ["embed_distill", "hpd", "lealla", "multi_sense"]
     for name in recipes:
         assert (RECIPES / f"{name}.py").read_text().count("\n") <= 100
         assert f"recipes/{name}.py" in (ROOT / "Makefile").read_text()
@@ -223,7 +223,8 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 def test_configs_are_found():
     embed_distill, hpd = ["embed_distill_msmarco", "embed_distill_nq"], ["hpd_minilm_f128", "hpd_mpnet", "hpd_tinybert_f128"]
-    assert [path.stem for path in CONFIGS] == [*embed_distill, *hpd, "lealla_base", "lealla_large", "lealla_small"]
+    lealla, multi_sense = ["lealla_base", "lealla_large", "lealla_small"], ["multi_sense_deberta", "multi_sense_llm2vec"]
+    assert [path.stem for path in CONFIGS] == [*embed_distill, *hpd, *lealla, *multi_sense]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -231,6 +232,7 @@ def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, 
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.chdir(tmp_path)
     recipes = {"hpd": "HPDArguments", "embed_distill": "EmbedDistillArguments", "lealla": "LEALLAArguments"}
+    recipes["multi_sense"] = "MultiSenseArguments"
     module = next(name for name in recipes if path.stem.startswith(name))
     recipe_class = getattr(importlib.import_module(module), recipes[module])
     flags = ["--config", str(path), "--use_cpu", "true", "--seed", "7"]
@@ -243,6 +245,8 @@ def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, 
         assert recipe.shape == path.stem.removeprefix("lealla_")
         assert recipe.loss().parts == ("ams", "feature", "logit")
         assert all("=sentence-transformers/parallel-sentences" in name for name in recipe.pairs)
+    elif module == "multi_sense":
+        assert (recipe.k, recipe.cap, recipe.select, recipe.loss().parts) == (20, 1000, "dot", ("sense",))
     else:
         assert recipe.dim == 128
     if path.stem.endswith("_f128"):

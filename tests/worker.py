@@ -206,6 +206,30 @@ def zero3():
         (FOLDER / "zero3.json").write_text(json.dumps(facts))
 
 
+def senses():
+    """Make a dictionary of the same texts in so many processes."""
+    from hf_distill import sense_builder
+    from hf_distill.token_teacher import TokenTeacher
+
+    state = PartialState(cpu=True)
+    sense_builder._BLOCK = 50
+    teacher = TokenTeacher(str(FOLDER / "backbone"), dtype="float32")
+    read = teacher.states
+    texts_read = 0
+
+    def counted(batch):
+        nonlocal texts_read
+        texts_read += len(batch)
+        return read(batch)
+
+    teacher.states = counted
+    found = sense_builder.build_senses(teacher, make_texts(300), FOLDER / f"senses-{state.num_processes}", k=4, cap=40)
+    counts = gather_object([texts_read])
+    if state.is_main_process:
+        found.save_pretrained(FOLDER / f"dictionary-{state.num_processes}")
+        (FOLDER / f"senses-{state.num_processes}.json").write_text(json.dumps({"world": state.num_processes, "read": counts}))
+
+
 def fsdp2():
     """What Accelerate does on GPUs, by torch's own `fully_shard` (the Trainer's FSDP does not run on a CPU)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

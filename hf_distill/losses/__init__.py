@@ -5,6 +5,7 @@ from .base import DistillationLoss, WeightedLoss
 from .embed_distill import ContrastiveLoss, EmbeddingMatching, ScoreDistillation
 from .hpd import HPDLoss
 from .lealla import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation
+from .multi_sense import SenseLoss, StateLoss
 from .similarity import SimilarityLoss
 
 
@@ -17,6 +18,8 @@ __all__ = [
     "HPDLoss",
     "LogitDistillation",
     "ScoreDistillation",
+    "SenseLoss",
     "SimilarityLoss",
+    "StateLoss",
     "WeightedLoss",
 ]

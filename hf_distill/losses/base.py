@@ -17,7 +17,8 @@ class DistillationLoss(ABC):
 
     output: Which field of the student's output it compares: "embedding" (what is deployed), "projected" (the same before
         normalisation) or "last_hidden_state".
-    parts: Names of what it returns, known before the first batch.
+    parts: Names of what it returns and what is summed, known before the first batch.
+    monitored: Names of what it returns beside, which is logged and not summed.
     needs: What it needs of the batch beside the student's outputs: "targets" (a teacher's vectors) or "scores" (a reranker's).
     in_batch: Whether it compares rows of a batch with each other, so that it sees the rows of all processes as one batch.
     any_width: Whether the teacher's vectors may be of another dimension than the student's.
@@ -26,6 +27,7 @@ class DistillationLoss(ABC):
 
     output: str = "embedding"
     parts: tuple[str, ...] = ()
+    monitored: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("targets",)
     in_batch: bool = False
     any_width: bool = False
@@ -124,6 +126,11 @@ class WeightedLoss(DistillationLoss):
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.needs))
 
     @property
+    def monitored(self) -> tuple[str, ...]:
+        """Those of all losses."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.monitored))
+
+    @property
     def in_batch(self) -> bool:
         """Whether one of them compares rows of a batch."""
         return any(loss.in_batch for loss in self.losses)
@@ -138,7 +145,7 @@ class WeightedLoss(DistillationLoss):
         return {"name": "WeightedLoss", "weights": self.weights, "losses": [loss.facts() for loss in self.losses]}
 
     def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted parts of every loss."""
+        """Return the weighted parts of every loss, and what is monitored."""
         found = {name: value for loss in self.losses for name, value in loss.of(outputs, batch).items()}
         return {name: self.weights.get(name, 1.0) * value for name, value in found.items()}
 

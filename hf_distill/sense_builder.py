@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sense dictionaries made from any text: one pass of the teacher, a fair sample of each token's states, k-means."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+from transformers.utils import logging
+
+from .processes import process_state
+from .senses import SenseDictionary
+from .shards import keys_of, write_whole
+from .token_teacher import TokenTeacher
+
+
+logger = logging.get_logger(__name__)
+Rule = Callable[[np.ndarray], int]
+
+_BLOCK = 2048  # texts of one file: what a killed run loses at most
+
+
+def build_senses(
+    teacher: TokenTeacher,
+    texts: Iterable[str],
+    folder: str | Path,
+    k: int | Rule = 20,
+    cap: int = 1000,
+    seed: int = 42,
+    batch_size: int = 32,
+) -> SenseDictionary:
+    """Return the senses of every token that the texts hold: the centroids of its states under the teacher.
+
+    Of each token at most `cap` occurrences are taken, those of smallest hash (of the text and the place in it), so the sample
+    is fair and depends on neither the order of the texts nor the number of processes. The texts are read once; each process of
+    a launch encodes its share of them, and clusters its share of the tokens. The folder keeps finished blocks: killed and
+    called again, it goes on after them.
+
+    Memory: 12 bytes for each occurrence that is kept so far, and the states of one group of tokens (256 MB); disk: 2 D + 12
+    bytes for each occurrence that was ever kept.
+
+    Args:
+        teacher: Whose states.
+        texts: Any iterable; equal ones count once.
+        folder: Where blocks are kept while it is made.
+        k: Senses a token; or a rule, states [n, D] -> k (`markov_senses`). A token with no more distinct states keeps them raw.
+        cap: Occurrences a token at most.
+        seed: Of k-means.
+        batch_size: Texts of one teacher batch.
+
+    Raises:
+        ImportError: If faiss is not installed.
+        ValueError: If k or cap is not positive, or there is no text.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("Sense dictionaries need faiss. Install it with: pip install 'hf_distill[retrieval]'") from error
+    if (isinstance(k, int) and k < 1) or cap < 1:
+        raise ValueError(f"build_senses: k is {k}, cap {cap}, expected 1 or more. A token without senses can't be replaced.")
+    folder, state = Path(folder), process_state()
+    folder.mkdir(parents=True, exist_ok=True)
+    size = len(teacher.tokenizer)
+    sample = _Sample(size, cap)
+    paths, count = [], 0
+    for number, block in enumerate(_blocks(texts)):
+        count += len(block)
+        digest = hashlib.sha256(json.dumps([teacher.fingerprint, cap, batch_size, number]).encode() + keys_of(block).tobytes())
+        paths.append(folder / f"states-{digest.hexdigest()[:20]}.safetensors")
+        if number % state.num_processes == state.process_index:
+            if not paths[-1].exists():
+                found = _gather(teacher, block, sample, batch_size)
+                write_whole(paths[-1], save(found))
+            known = load_file(paths[-1])
+            sample.add(known["ids"], known["hashes"])
+            logger.info(f"build_senses: {count} texts, {len(sample.ids)} occurrences of {len(np.unique(sample.ids))} tokens.")
+    if not paths:
+        raise ValueError("build_senses: there are no texts, expected some. No token would have a sense.")
+    state.wait_for_everyone()
+    whole = _merge(paths, size, cap)
+    part = folder / f"senses-{state.process_index}-of-{state.num_processes}.safetensors"
+    own = {"ids": [], "senses": [], "counts": []}
+    for token, vectors in _by_token(paths, whole, state.process_index, state.num_processes):
+        centroids, counts = _cluster(vectors, k, seed, faiss)
+        own["ids"].append(np.full(len(centroids), token))
+        own["senses"].append(centroids)
+        own["counts"].append(counts)
+    empty = {"ids": np.empty(0, int), "senses": np.empty((0, teacher.dim), np.float32), "counts": np.empty(0, int)}
+    write_whole(part, save({name: np.concatenate([empty[name], *values]) for name, values in own.items()}))
+    state.wait_for_everyone()
+    parts = [load_file(folder / f"senses-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
+    ids, senses, counts = (np.concatenate([part[name] for part in parts]) for name in ("ids", "senses", "counts"))
+    order = np.argsort(ids, kind="stable")
+    offsets = np.searchsorted(ids[order], np.arange(size + 1))
+    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
+    facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "layer": teacher.layer, **rule, "cap": cap}
+    facts |= {"seed": seed, "texts": count, "occurrences": len(whole)}
+    state.wait_for_everyone()
+    # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
+    tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
+    return SenseDictionary(*tensors, facts, teacher.tokenizer)
+
+
+class _Sample:
+    """The occurrences of smallest hash of each token, so far: ids and hashes in order, and what a new one must be under."""
+
+    def __init__(self, size: int, cap: int) -> None:
+        self.cap, self.bounds = cap, np.full(size, np.iinfo(np.uint64).max, np.uint64)
+        self.ids, self.hashes = np.empty(0, np.int32), np.empty(0, np.uint64)
+
+    def add(self, ids: np.ndarray, hashes: np.ndarray) -> None:
+        self.ids, self.hashes = np.concatenate([self.ids, ids]), np.concatenate([self.hashes, hashes])
+        kept = _smallest(self.ids, self.hashes, self.cap)
+        self.ids, self.hashes = self.ids[kept], self.hashes[kept]
+        last = np.flatnonzero(np.append(self.ids[1:] != self.ids[:-1], True))
+        full = np.diff(np.append(-1, last)) == self.cap
+        self.bounds[self.ids[last[full]]] = self.hashes[last[full]]
+
+
+def _smallest(ids: np.ndarray, hashes: np.ndarray, cap: int) -> np.ndarray:
+    """Return places of each token's `cap` smallest hashes, by token and hash; equal ones once."""
+    order = np.lexsort((hashes, ids))
+    ids, hashes = ids[order], hashes[order]
+    first = np.append(True, (ids[1:] != ids[:-1]) | (hashes[1:] != hashes[:-1]))
+    order, ids = order[first], ids[first]
+    rank = np.arange(len(ids)) - np.searchsorted(ids, ids)
+    return order[rank < cap]
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    rows = iter(texts)
+    while block := list(islice(rows, _BLOCK)):
+        yield list(dict.fromkeys(block))
+
+
+def _gather(teacher: TokenTeacher, block: list[str], sample: _Sample, batch_size: int) -> dict[str, np.ndarray]:
+    """Return ids, hashes and states [n, D] of the block's occurrences that may be among the smallest."""
+    base = keys_of(block).view(np.uint64).reshape(len(block), 2)[:, 0]
+    tokens = teacher.tokens(block)
+    hashes = [_mix(key + np.arange(1, len(ids) + 1, dtype=np.uint64)) for key, ids in zip(base, tokens, strict=True)]
+    kept = [(numbers < sample.bounds[ids]) for ids, numbers in zip(tokens, hashes, strict=True)]
+    wanted = [row for row, mask in enumerate(kept) if mask.any()]
+    wanted.sort(key=lambda row: (-len(tokens[row]), row))  # batches of similar length, the same on every run
+    ids, numbers, vectors = [], [], []
+    for start in range(0, len(wanted), batch_size):
+        rows = wanted[start : start + batch_size]
+        states, _ = teacher.states([block[row] for row in rows])
+        for row, found in zip(rows, states, strict=True):
+            mask = kept[row]
+            ids.append(tokens[row][mask])
+            numbers.append(hashes[row][mask])
+            vectors.append(found[: len(mask)][torch.from_numpy(mask)].half().numpy())
+    if not ids:
+        return {
+            "ids": np.empty(0, np.int32),
+            "hashes": np.empty(0, np.uint64),
+            "states": np.empty((0, teacher.dim), np.float16),
+        }
+    return {"ids": np.concatenate(ids), "hashes": np.concatenate(numbers), "states": np.concatenate(vectors)}
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return the 64-bit numbers scattered (splitmix64's finaliser, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _merge(paths: list[Path], size: int, cap: int) -> np.ndarray:
+    """Return [n, 3]: token, file and row of the occurrences that are taken, by token and hash."""
+    ids, hashes, files, rows = [], [], [], []
+    for number, path in enumerate(paths):
+        found = load_file(path)
+        ids.append(found["ids"])
+        hashes.append(found["hashes"])
+        files.append(np.full(len(found["ids"]), number))
+        rows.append(np.arange(len(found["ids"])))
+    ids, hashes, files, rows = map(np.concatenate, (ids, hashes, files, rows))
+    kept = _smallest(ids, hashes, cap)
+    return np.stack([ids[kept], files[kept], rows[kept]], axis=1)
+
+
+def _by_token(paths: list[Path], whole: np.ndarray, rank: int, world: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (token, its states [n, D] float32) for this process's tokens, a group of tokens in memory at a time."""
+    mine = whole[whole[:, 0] % world == rank]
+    if not len(mine):
+        return
+    width = load_file(paths[int(mine[0, 1])])["states"].shape[1]
+    room = max(1, (256 << 20) // (4 * width))
+    starts = np.flatnonzero(np.append(True, mine[1:, 0] != mine[:-1, 0]))
+    ends = np.append(starts[1:], len(mine))
+    first = 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + room, side="right")))
+        group = mine[starts[first] : ends[last - 1]]
+        vectors = np.empty((len(group), width), np.float32)
+        for file in np.unique(group[:, 1]):
+            here = group[:, 1] == file
+            vectors[here] = load_file(paths[int(file)])["states"][group[here, 2]]
+        for place in range(first, last):
+            low, high = starts[place] - starts[first], ends[place] - starts[first]
+            yield int(mine[starts[place], 0]), vectors[low:high]
+        first = last
+
+
+def _cluster(vectors: np.ndarray, k: int | Rule, seed: int, faiss: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return (centroids [k, D], how many states are closest to each); of no more distinct states than k, these themselves."""
+    wanted = k if isinstance(k, int) else max(1, int(k(vectors)))
+    distinct, counts = np.unique(vectors, axis=0, return_counts=True)
+    if len(distinct) <= wanted:
+        return distinct, counts
+    kmeans = faiss.Kmeans(
+        vectors.shape[1], wanted, seed=seed, niter=25, min_points_per_centroid=1, max_points_per_centroid=len(vectors),
+        gpu=bool(torch.cuda.is_available() and faiss.get_num_gpus()) if "get_num_gpus" in dir(faiss) else False,
+    )  # fmt: skip
+    kmeans.train(vectors)
+    _, closest = kmeans.index.search(vectors, 1)
+    return kmeans.centroids, np.bincount(closest[:, 0], minlength=wanted)
+
+
+def markov_senses(states: np.ndarray, few: int = 5, at_most: int = 2000, **settings: Any) -> int:
+    """Return k for a token's states by the paper's rule: of M clusters that `markov_clusters` finds 0.1 M, or 0.4 M above 900.
+
+    Source: the code of Wang et al. 2025, https://huggingface.co/papers/2504.06036. Quadratic in n, dense: for small inputs.
+
+    Args:
+        states: [n, D].
+        few: k at least; a token with fewer states keeps them.
+        at_most: States beyond it are left out.
+        **settings: Of `markov_clusters`.
+    """
+    if len(states) < few:
+        return few
+    clusters = markov_clusters(states[:at_most], **settings)
+    return max(few, int((0.1 if clusters <= 900 else 0.4) * clusters))
+
+
+def markov_clusters(states: np.ndarray, inflation: float = 1.65, expansion: int = 2, steps: int = 100) -> int:
+    """Return how many clusters Markov clustering (van Dongen 2000) finds, with similarities 1 / (distance + 0.01).
+
+    Args:
+        states: [n, D].
+        inflation: Power that entries are raised to.
+        expansion: Power of the matrix.
+        steps: Most iterations.
+    """
+    states = np.asarray(states, np.float64)
+    squares = (states**2).sum(1)
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * states @ states.T, 0))
+    flow = 1 / (distances + 0.01)
+    np.fill_diagonal(flow, 1.0)  # the loops that the paper's library puts there
+    flow /= flow.sum(0)
+    for _ in range(steps):
+        before = flow
+        flow = np.linalg.matrix_power(flow, expansion) ** inflation
+        flow /= flow.sum(0)
+        flow = np.where(flow < 1e-5, 0.0, flow)
+        flow /= flow.sum(0)
+        if np.abs(flow - before).max() < 1e-8:
+            break
+    return len({tuple(np.flatnonzero(row)) for row in flow if row.any()})

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sense dictionary: for every token the vectors that it can stand for, and the replacement of token states by them.
+
+This file is published beside a multi-sense student's weights, so it imports only torch, transformers and what transformers
+itself requires. `sense_builder.py` makes dictionaries.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCardData
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+
+SELECTIONS = ("dot", "l2", "cos")
+FILE = "senses.safetensors"
+_TOKENS = 4096  # replaced at a time: their candidates are gathered, [4096, K, D]
+
+
+class SenseDictionary(nn.Module):
+    """The senses of a vocabulary: rows offsets[v] to offsets[v + 1] are those of token v; a token may have none.
+
+    Source: the sense dictionary of Wang et al. 2025, https://huggingface.co/papers/2504.06036: centroids of a token's
+    contextual states in a teacher's last layer.
+
+    It is a module so that it moves with the student that uses it; its tensors are no parameters and in no checkpoint.
+
+    Args:
+        senses: [S, D].
+        offsets: [V + 1], from 0 to S, not falling.
+        counts: [S], how many occurrences each sense stands for.
+        facts: What it was made from: teacher, revision, layer, k, selection, ...
+        tokenizer: The teacher's.
+
+    Raises:
+        ValueError: If the tensors do not fit each other, or a sense is not finite.
+    """
+
+    def __init__(self, senses: Tensor, offsets: Tensor, counts: Tensor, facts: Mapping[str, Any], tokenizer: Any) -> None:
+        super().__init__()
+        whole = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(senses) and bool((offsets.diff() >= 0).all())
+        if not whole or len(counts) != len(senses) or not torch.isfinite(senses).all():
+            raise ValueError(
+                f"SenseDictionary: {tuple(senses.shape)} senses (finite: {bool(torch.isfinite(senses).all())}), counts of "
+                f"{len(counts)}, offsets {offsets[:1].tolist()} to {offsets[-1:].tolist()}, expected finite ones, a count for "
+                "each, and offsets from 0 to their number. Tokens would get the senses of others. Build it again."
+            )
+        self.register_buffer("senses", senses.float(), persistent=False)
+        self.register_buffer("offsets", offsets.long(), persistent=False)
+        self.register_buffer("counts", counts.long(), persistent=False)
+        self.facts, self.tokenizer = dict(facts), tokenizer
+
+    @property
+    def dim(self) -> int:
+        """Length D of a sense."""
+        return self.senses.shape[1]
+
+    def of(self, token: int) -> Tensor:
+        """Return the senses of a token, [k, D]; k may be 0."""
+        return self.senses[self.offsets[token] : self.offsets[token + 1]]
+
+    def known(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return which tokens have senses: a boolean tensor of the shape of ids; padding (mask 0) has none."""
+        found = self.offsets[ids + 1] > self.offsets[ids]
+        return found if mask is None else found & mask.bool()
+
+    def all_scores(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> Tensor:
+        """Return how well each sense of each token fits its state, [N, T, K]; -inf where a token has no such sense.
+
+        Args:
+            states: [N, T, D], with gradient.
+            ids: [N, T].
+            mask: [N, T], 0 for padding.
+            select: "dot" (as the paper's code), "l2" (minus the squared distance) or "cos".
+
+        Raises:
+            ValueError: If the states are of another width, or there is no such selection.
+        """
+        if states.shape[-1] != self.dim or select not in SELECTIONS:
+            raise ValueError(
+                f"SenseDictionary: states of {states.shape[-1]} dimensions for senses of {self.dim}, selected by {select!r}, "
+                f"expected as many, and one of {SELECTIONS}. Project the student's states to the teacher's width."
+            )
+        known = self.known(ids, mask)
+        rows, first = states[known].float(), self.offsets[ids[known]]
+        number = self.offsets[ids[known] + 1] - first
+        place = torch.arange(int(number.max()) if len(number) else 1, device=ids.device)
+        places = (first[:, None] + place).clamp(max=len(self.senses) - 1)
+        parts = zip(rows.split(_TOKENS), places.split(_TOKENS), strict=True)
+        fitting = torch.cat([_fit(part, self.senses[candidates], select) for part, candidates in parts])
+        found = torch.full((*ids.shape, len(place)), -torch.inf, device=states.device)
+        found[known] = fitting.masked_fill(place >= number[:, None], -torch.inf)
+        return found
+
+    def take(self, states: Tensor, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (states with each replaced by the sense of highest score [N, T, D], which that is [N, T]).
+
+        A token without senses keeps its state, and so does padding; their number is -1.
+
+        Args:
+            states: [N, T, D].
+            ids: [N, T].
+            scores: [N, T, K], of `all_scores`.
+        """
+        known = scores[..., 0] > -torch.inf
+        chosen = torch.where(known, scores.argmax(-1), -1)
+        replaced = states.clone()
+        replaced[known] = self.senses[self.offsets[ids[known]] + chosen[known]].to(states.dtype)
+        return replaced, chosen
+
+    def lookup(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> tuple[Tensor, Tensor]:
+        """Return `take` of `all_scores`."""
+        return self.take(states, ids, self.all_scores(states, ids, mask, select))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a repository of its own: senses.safetensors, with the facts as its metadata, the tokenizer, and a card."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"senses": self.senses.half(), "offsets": self.offsets, "counts": self.counts}
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(tensors, folder / FILE, metadata={"format": "pt", "facts": json.dumps(self.facts)})
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(self.card(), encoding="utf-8")
+
+    def push_to_hub(self, name: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of its own; return its full id.
+
+        Args:
+            name: Of the repository; it is made if there is none.
+            private: Whether a new one is private.
+            token: Of the Hub; the one that is logged in with if not given.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            found = api.create_repo(name, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=found, folder_path=folder, commit_message="Sense dictionary")
+        return found
+
+    def card(self) -> str:
+        """Return the card of its repository, made from the facts."""
+        number = self.offsets.diff()
+        teacher = str(self.facts.get("teacher"))
+        data = ModelCardData(
+            library_name="hf_distill",
+            tags=["hf_distill", "sense-dictionary"],
+            base_model=teacher if teacher.count("/") == 1 else None,
+            license=self.facts.get("license"),
+        )
+        facts = "\n".join(f"| {key} | {value} |" for key, value in self.facts.items() if not isinstance(value, dict))
+        return (
+            f"---\n{data.to_yaml()}\n---\n\n# Senses of {teacher}\n\n"
+            f"For {int((number > 0).sum())} of {len(number)} tokens, up to {int(number.max())} vectors of {self.dim} "
+            "dimensions that stand for what the token means in different contexts: centroids of the teacher's states "
+            "([paper](https://huggingface.co/papers/2504.06036)). A student that names this repository replaces each of its "
+            "token states by one of them.\n\n"
+            "```python\nfrom hf_distill.senses import SenseDictionary\n\n"
+            'dictionary = SenseDictionary.from_pretrained("<this repository>")\n```\n\n'
+            f"| made from | |\n|---|---|\n{facts}\n"
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub_options: Any) -> "SenseDictionary":
+        """Open what `save_pretrained` wrote, from a folder or the Hub.
+
+        Raises:
+            OSError: If there is none, or no senses.safetensors in it (a pickle is never opened).
+            ValueError: If the file is not a sense dictionary.
+        """
+        path = cached_file(str(name), FILE, **hub_options)
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "null"))
+            if facts is None or {"senses", "offsets", "counts"} != set(file.keys()):
+                raise ValueError(
+                    f"SenseDictionary: {path} holds {sorted(file.keys())} and facts {facts}, expected senses, offsets, counts "
+                    "and the facts that save_pretrained writes. Whose senses they are would be unknown."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return cls(**tensors, facts=facts, tokenizer=AutoTokenizer.from_pretrained(name, **hub_options))
+
+
+def require_same_tokens(tokenizer: Any, other: Any) -> None:
+    """Raise if a student's tokenizer numbers tokens otherwise than the teacher's.
+
+    Args:
+        tokenizer: The teacher's, or the dictionary's.
+        other: The student's.
+
+    Raises:
+        ValueError: If so; the first token that differs is named. A token would be replaced by senses of another.
+    """
+    words, others = ({number: word for word, number in known.get_vocab().items()} for known in (tokenizer, other))
+    differing = sorted(number for number in words.keys() | others.keys() if words.get(number) != others.get(number))
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"SenseDictionary: the tokenizers of teacher and student differ at token {first}: {words.get(first)!r} and "
+            f"{others.get(first)!r}, expected the same. A token would be replaced by the senses of another. Use a student of "
+            "the teacher's own tokenizer, whole."
+        )
+
+
+def _fit(states: Tensor, candidates: Tensor, select: str) -> Tensor:
+    """Return [M, K] of states [M, D] and candidates [M, K, D]."""
+    if select == "cos":
+        states, candidates = nn.functional.normalize(states, dim=-1), nn.functional.normalize(candidates, dim=-1)
+    products = torch.einsum("md,mkd->mk", states, candidates)
+    if select == "l2":
+        return 2 * products - candidates.square().sum(-1) - states.square().sum(-1, keepdim=True)
+    return products

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-sense (arXiv 2504.06036): a sense dictionary, and a student that speaks it. Flags: --help, --config file.yaml."""
+
+from dataclasses import dataclass, field
+
+from inputs import begin, training_texts
+from words import EndTasks, dictionary_facts, open_dictionary, open_senses, student_states
+
+from hf_distill.arguments import TextArguments
+from hf_distill.evaluation.similarity import FidelityEvaluator
+from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
+from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.senses import SELECTIONS
+from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+from hf_distill.trainer import DistillationTrainer, last_checkpoint
+
+
+@dataclass
+class MultiSenseArguments(TextArguments):
+    """What is multi-sense's own."""
+
+    senses: str | None = field(default=None, metadata={"help": "A dictionary that exists: folder or Hub id; else one is made."})
+    dim: int | None = field(default=None, metadata={"help": "The teacher's width, for a student of another; else none."})
+    k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
+    cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
+    select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
+    teacher_layer: int = field(default=-1, metadata={"help": "Whose states; -1 is the last."})
+    bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})
+    sense_weight: float = field(default=1.0, metadata={"help": "Weight of the senses; 0 leaves the part out."})
+    state_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error of states (live teacher)."})
+    soft: bool = field(default=False, metadata={"help": "Learn the teacher's distribution over senses, not its choice (live)."})
+    temperature: float = field(default=1.0, metadata={"help": "What scores of senses are divided by."})
+    words: str | None = field(default=None, metadata={"help": "Table of word similarity: word1, word2, score, set."})
+    wic: str | None = field(default=None, metadata={"help": "Folder of Word-in-Context: train, dev, test."})
+    classification: str | None = field(default=None, metadata={"help": "Folder of <name>-train and <name>-test: text, label."})
+    split: str = field(default="test", metadata={"help": "Of the last two, what is scored: test, or dev to choose on."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select not in SELECTIONS or self.k < 1 or self.cap < self.k:
+            raise ValueError(
+                f"multi_sense: select is {self.select!r}, k is {self.k}, cap {self.cap}, expected one of {SELECTIONS}, and "
+                "from 1 to cap senses a token."
+            )
+
+    def loss(self) -> WeightedLoss:
+        """Return the weighted parts; what has weight 0 is not computed."""
+        losses = [SenseLoss(self.temperature, self.soft)] if self.sense_weight else []
+        losses += [StateLoss()] if self.state_weight else []
+        weights = {"sense": self.sense_weight, "state": self.state_weight}
+        return WeightedLoss(losses, {part: weights[part] for loss in losses for part in loss.parts})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build the dictionary, train the student on the teacher's senses, measure both with and without them."""
+    recipe, args, report = begin("multi_sense", SenseLoss.paper, MultiSenseArguments, argv)
+    tasks = EndTasks(recipe, report)
+    texts = training_texts(recipe, args, tasks.texts())
+
+    options = {"layer": recipe.teacher_layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
+    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
+    teacher.name = recipe.teacher_name or teacher.name
+    options = {**recipe.student_options(), "projection_dim": recipe.dim, "bidirectional": recipe.bidirectional}
+    student = MultiSenseStudent.from_backbone(recipe.backbone, **options)
+    student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
+    student.require_space(teacher.tokenizer, teacher.dim)
+    size = student.num_parameters()
+    with report.timed("dictionary"):
+        dictionary, place = open_dictionary(recipe, args, teacher, texts)
+    student.attach(dictionary, place, select=recipe.select)
+    live = SenseTeacher(teacher, dictionary, recipe.select)
+    with report.timed("caching"):
+        senses = open_senses(recipe, teacher, dictionary, texts)
+
+    with report.timed("evaluation"):
+        report.evaluators.insert(0, FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims))
+        tasks.add("teacher", teacher.states, teacher, teacher.num_parameters)
+        tasks.add("teacher, replaced", live.replaced, teacher, teacher.num_parameters)
+        tasks.add("untrained student", student_states(student, replace=False), student, size)
+
+    given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}
+    trainer = DistillationTrainer(model=student, args=args, **given)
+    with report.timed("training"):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.save_model()
+    with report.timed("evaluation"):
+        tasks.add("student, without senses", student_states(student, replace=False), student, size)
+        tasks.add("student", student_states(student, replace=True), student, size)
+    facts = dictionary_facts(recipe, live, texts.held_out)
+    print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

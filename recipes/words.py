@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from demo import EMBEDDED, gcide_contexts
+from inputs import sts_evaluators
+from torch.nn import functional
+
+from hf_distill.cache import TeacherCache, cache_folder
+from hf_distill.evaluation.report import RunReport
+from hf_distill.evaluation.word_sense import (
+    ClassificationEvaluator,
+    WiCEvaluator,
+    sense_purity,
+    sense_vectors,
+    statistics,
+    word_similarity,
+    word_states,
+)
+from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.sense_builder import build_senses
+from hf_distill.senses import SenseDictionary
+from hf_distill.student import encode_sorted, pool
+from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+
+
+States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+class EndTasks:
+    """The tests of sentences and words that `--sts`, `--sts_dev`, `--classification` and `--wic` name, and their mean.
+
+    The mean, end_avg, is over the STS sets, Word-in-Context, and each classification set with few labels.
+    """
+
+    def __init__(self, recipe: Any, report: RunReport) -> None:
+        folder, split = recipe.classification, recipe.split
+        names = sorted({path.name.split("-")[0] for path in Path(folder).glob(f"*-{split}.*")}) if folder else []
+        if folder and not names:
+            raise FileNotFoundError(f"multi_sense: no file *-{split}.* in {folder}, expected <name>-train and <name>-{split}.")
+        report.evaluators = [*sts_evaluators(recipe), *(ClassificationEvaluator(folder, name, split) for name in names)]
+        self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
+        self.report, self.few = report, [f"{name}_few" for name in names]
+
+    def texts(self) -> list[str]:
+        """Return what they score, which no training may hold."""
+        sets = [*self.report.evaluators, *([self.wic] if self.wic else [])]
+        return [text for evaluator in sets for text in evaluator.texts()]
+
+    def add(self, name: str, states: States, model: Any, parameters: int) -> None:
+        """Score a row of the table.
+
+        Args:
+            name: Of the row.
+            states: texts -> (token states [N, T, D], mask [N, T]).
+            model: The teacher or student that they are of: its tokenizer and width.
+            parameters: How many weights a state runs through.
+        """
+
+        def embed(batch: list[str]) -> torch.Tensor:
+            return functional.normalize(pool(*states(batch), "mean"), dim=-1)
+
+        self.report.add(name, lambda texts: encode_sorted(embed, list(texts), 32), parameters, model.dim, prefixes=False)
+        scores = self.report.rows[name]["scores"]
+        if self.wic:
+            scores |= self.wic(word_states(model.tokenizer, states))
+        ends = [scores[key] for key in scores if key in self.few or key == "wic" or (key[:4] == "sts_" and key != "sts_avg")]
+        if ends:
+            scores["end_avg"] = float(np.mean(ends))
+
+
+def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -> tuple[SenseDictionary, str]:
+    """Return (the dictionary that `--senses` names, or one made from the texts; the name that a student finds it by).
+
+    One that is made lies beside the output folder, and with `--push_to_hub` in a repository beside the student's.
+
+    Raises:
+        ValueError: If most of the texts' tokens have no sense in it: little would be replaced, or learned.
+    """
+    if recipe.senses:
+        dictionary = SenseDictionary.from_pretrained(recipe.senses)
+        sample = [text for _, text in zip(range(2000), texts.all(), strict=False)]
+        ids = torch.tensor([i for row in teacher.tokens(sample) for i in row.tolist()])
+        missing = 1 - dictionary.known(ids).float().mean().item()
+        if missing > 0.5:
+            raise ValueError(
+                f"multi_sense: {missing:.0%} of the texts' tokens have no sense in {recipe.senses}, expected few. Little would "
+                "be replaced, and less learned. Build one from texts of this kind: leave --senses out."
+            )
+        return dictionary, recipe.senses
+    states = cache_folder(recipe.cache_dir, teacher)
+    states = states.with_name(f"{states.name}-states")
+    dictionary = build_senses(teacher, texts.all(), states, recipe.k, recipe.cap, args.seed, recipe.teacher_batch_size)
+    dictionary.facts["select"] = recipe.select
+    folder = Path(args.output_dir)
+    folder = folder.with_name(f"{folder.name}-senses")
+    if args.process_index == 0:
+        dictionary.save_pretrained(folder)
+    if not args.push_to_hub:
+        return dictionary, f"../{folder.name}"
+    name = f"{args.hub_model_id or Path(args.output_dir).name}-senses"
+    if args.process_index == 0:
+        name = dictionary.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
+    return dictionary, broadcast_object_list([name])[0]
+
+
+def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary, texts: Any) -> Any:
+    """Return the teacher of senses: cached, or live where the loss needs its scores or states."""
+    beside = [name for name, wanted in (("sense_scores", recipe.soft), ("states", recipe.state_weight)) if wanted]
+    live = SenseTeacher(teacher, dictionary, recipe.select, beside)
+    if beside:
+        return live
+    cache = TeacherCache(live, cache_folder(recipe.cache_dir, live), batch_size=recipe.teacher_batch_size)
+    cache.add(*texts.text_columns())
+    return cache
+
+
+def student_states(student: MultiSenseStudent, replace: bool) -> States:
+    """Return texts -> (token states of a student in the teacher's space [N, T, D], mask [N, T]), with senses or without."""
+
+    @torch.no_grad()
+    def states(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
+        inputs = student.tokenizer(batch, **options).to(student.device)
+        output = student.eval()(**inputs)
+        found = output.states
+        if replace:
+            found, _ = student.dictionary.take(found, inputs["input_ids"], output.sense_scores)
+        return found.float().cpu(), inputs["attention_mask"].cpu()
+
+    return states
+
+
+def dictionary_facts(recipe: Any, source: SenseTeacher, texts: list[str]) -> dict[str, Any]:
+    """Return what the dictionary costs and covers; how similar words are by their senses, and by one centroid each."""
+    dictionary = source.dictionary
+    facts: dict[str, Any] = {"dictionary": {**dictionary.facts, **statistics(dictionary, texts)}}
+    if EMBEDDED in recipe.texts:
+        facts["dictionary"] |= sense_purity(source, gcide_contexts())
+    if recipe.words:
+        found = (word_similarity(sense_vectors(dictionary, single), recipe.words) for single in (False, True))
+        facts["words"] = dict(zip(("senses", "one centroid"), found, strict=True))
+    return facts

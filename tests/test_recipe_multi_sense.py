@@ -1,0 +1,136 @@
+"""recipes/multi_sense.py from texts to a card, on tiny models."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_backbone, make_texts
+
+from hf_distill.layout import check_layout
+from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.senses import SenseDictionary
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder of texts, and of every test that the recipe takes, made of other texts."""
+    texts = make_texts(400)
+    (tmp_path / "texts.txt").write_text("\n".join(texts[:250]))
+    fresh = [text for text in texts[250:] if "cat" in text.split()]
+    assert len(fresh) > 24
+    rows = [("word", "sentence1", "sentence2", "index1", "index2", "label")]
+    places = [(text, text.split(" ").index("cat")) for text in fresh]
+    rows += [("cat", a, b, i, j, n % 2) for n, ((a, i), (b, j)) in enumerate(zip(places[:12], places[12:24], strict=True))]
+    (tmp_path / "wic").mkdir()
+    for split, own in (("train", rows[:7]), ("test", rows[:1] + rows[7:]), ("dev", rows[:5])):
+        (tmp_path / "wic" / f"{split}.tsv").write_text("".join("\t".join(map(str, row)) + "\n" for row in own))
+    (tmp_path / "classes").mkdir()
+    for split, own in (("train", texts[300:360]), ("test", texts[360:400])):
+        lines = ["text\tlabel", *(f"{text}\t{'cat' in text}" for text in own)]
+        (tmp_path / "classes" / f"made-{split}.tsv").write_text("\n".join(lines) + "\n")
+    pairs = [("cat", "dog", 3), ("mat", "rug", 9), ("fox", "dog", 6), ("sea", "sky", 5), ("red", "blue", 8)]
+    lines = ["word1\tword2\tscore\tset", *(f"{a}\t{b}\t{score}\tmade" for a, b, score in pairs)]
+    (tmp_path / "words.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    teacher = make_backbone(folder / "teacher", seed=5)
+
+    def start(*flags, output="out"):
+        base = f"--texts {folder / 'texts.txt'} --teacher {teacher} --backbone {teacher} --layers 0 2 --held_out 20 --k 3"
+        base += " --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 5e-3 --logging_steps 4"
+        base += f" --disable_tqdm true --use_cpu true --bf16 false --attention eager --output_dir {folder / output}"
+        base += f" --cache_dir {folder / 'caches'}"
+        importlib.import_module("multi_sense").main([*base.split(), *flags])
+        return json.loads((folder / output / "results.json").read_text())
+
+    return start
+
+
+def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run, folder):
+    tests = f"--wic {folder / 'wic'} --classification {folder / 'classes'} --words {folder / 'words.tsv'}".split()
+    results = run(*tests)
+    rows = {name: row["scores"] for name, row in results["rows"].items()}
+    assert list(rows) == ["teacher", "teacher, replaced", "untrained student", "student, without senses", "student"]
+    assert rows["teacher"]["fidelity_spearman"] == pytest.approx(100)
+    assert rows["student"]["fidelity_spearman"] > rows["untrained student"]["fidelity_spearman"]
+    for scores in rows.values():
+        assert scores["end_avg"] == pytest.approx(np.mean([scores["wic"], scores["made_few"]]), abs=1e-4)
+    assert rows["student"] != rows["student, without senses"]
+    facts = results["dictionary"]
+    assert (facts["k"], facts["select"], facts["layer"]) == (3, "dot", -1)
+    assert facts["without_sense"] == 0
+    assert facts["mb"] * 1e6 < (folder / "out-senses" / "senses.safetensors").stat().st_size < facts["mb"] * 1e6 + 5000
+    assert set(results["words"]) == {"senses", "one centroid"}
+    assert results["words"]["senses"]["words_known"] == 100
+    log = [line for line in results["log_history"] if "sense_accuracy" in line]
+    assert log[-1]["sense_accuracy"] > log[0]["sense_accuracy"] + 0.1
+    card = (folder / "out" / "README.md").read_text()
+    assert "Multi-Sense Embeddings for Language Models" in card
+    assert "replaced by senses of the dictionary `../out-senses`" in card
+    assert 'the row "student, without senses"' in card
+    check_layout(folder / "out")
+    # Moved together, student and dictionary find each other; alone, the student says what it lacks.
+    (folder / "elsewhere").mkdir()
+    for name in ("out", "out-senses"):
+        shutil.copytree(folder / name, folder / "elsewhere" / name)
+    found = MultiSenseStudent.from_pretrained(folder / "elsewhere" / "out").encode(["a cat sat"])
+    assert found == pytest.approx(MultiSenseStudent.from_pretrained(folder / "out").encode(["a cat sat"]), abs=1e-6)
+    shutil.rmtree(folder / "elsewhere" / "out-senses")
+    with pytest.raises(OSError, match="out-senses"):
+        MultiSenseStudent.from_pretrained(folder / "elsewhere" / "out")
+
+
+def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, folder):
+    run(output="first")
+    again = run("--senses", str(folder / "first-senses"), "--select", "cos", output="second")
+    assert not (folder / "second-senses").exists()
+    student = MultiSenseStudent.from_pretrained(folder / "second")
+    assert student.settings["senses"]["select"] == "cos"
+    assert again["dictionary"]["texts"] == 230
+    known = SenseDictionary.from_pretrained(folder / "first-senses")
+    few = SenseDictionary(known.senses[:0], known.offsets * 0, known.counts[:0], known.facts, known.tokenizer)
+    few.save_pretrained(folder / "few")
+    with pytest.raises(ValueError, match="100% of the texts' tokens have no sense"):
+        run("--senses", str(folder / "few"), output="third")
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--sense_weight 0 --state_weight 1", {"loss_state"}),
+        ("--soft true --state_weight 0.5", {"loss_state", "loss_sense"}),
+    ],
+)
+def test_other_losses(run, flags, parts):
+    log = run(*flags.split(), "--num_train_epochs", "1")["log_history"]
+    assert {key for line in log for key in line if key.startswith("loss_")} == parts
+
+
+def test_wrong_input_is_refused_before_the_work(run, folder):
+    other = make_backbone(folder / "other", vocab_size=40)
+    tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="teacher and student differ at token 6: 'cat' and 'dog'"):
+        run("--backbone", other)
+    with pytest.raises(FileNotFoundError, match=r"no file \*-dev\.\*"):
+        run("--classification", str(folder / "classes"), "--split", "dev", output="b")
+    with pytest.raises(ValueError, match="expected one of"):
+        run("--select", "best", output="c")
+    with pytest.raises(ValueError, match="k is 0"):
+        run("--k", "0", output="d")
+    narrow = make_backbone(folder / "narrow", hidden_size=8)
+    with pytest.raises(ValueError, match="states have 8 dimensions, the senses 16"):
+        run("--backbone", narrow, output="e")
+    assert not (folder / "caches").exists()

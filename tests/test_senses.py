@@ -1,0 +1,326 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_backbone, make_texts, write_random
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from hf_distill import DistillationTrainer, DistillationTrainingArguments, StudentModel, TeacherCache
+from hf_distill.layout import check_layout
+from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
+from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.sense_builder import _cluster, build_senses, markov_clusters, markov_senses
+from hf_distill.senses import SenseDictionary
+from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+
+
+@pytest.fixture(scope="module")
+def teacher(backbone_folder):
+    return TokenTeacher(backbone_folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts(200)
+
+
+@pytest.fixture(scope="module")
+def dictionary(teacher, texts, tmp_path_factory):
+    return build_senses(teacher, texts, tmp_path_factory.mktemp("states"), k=4, cap=40)
+
+
+def read(teacher, texts):
+    """Return (states, ids, mask) of one batch."""
+    states, mask = teacher.states(texts)
+    ids = torch.zeros_like(mask)
+    for row, tokens in enumerate(teacher.tokens(texts)):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens)
+    return states, ids, mask
+
+
+# The dictionary
+
+
+@pytest.mark.parametrize("select", ["dot", "l2", "cos"])
+def test_replacement_is_that_of_a_double_loop(teacher, dictionary, select):
+    states, ids, mask = read(teacher, make_texts(9, seed=3))
+    ids[0, 1] = 3  # a token without senses
+    replaced, chosen = dictionary.lookup(states, ids, mask, select)
+    kept = 0
+    for row in range(len(ids)):
+        for place in range(ids.shape[1]):
+            senses, state = dictionary.of(int(ids[row, place])), states[row, place]
+            if not mask[row, place] or not len(senses):
+                assert torch.equal(replaced[row, place], state)
+                assert chosen[row, place] == -1
+                kept += 1
+                continue
+            fit = {
+                "dot": senses @ state,
+                "l2": -(senses - state).norm(dim=-1),
+                "cos": torch.cosine_similarity(senses, state[None]),
+            }[select]
+            assert chosen[row, place] == fit.argmax()
+            assert torch.equal(replaced[row, place], senses[fit.argmax()])
+    assert kept > 1
+
+
+def test_as_many_senses_as_states_leave_every_state_as_it_is(teacher, texts, tmp_path):
+    whole = build_senses(teacher, texts, tmp_path, k=10**6, cap=10**6)
+    states, ids, mask = read(teacher, texts[:20])
+    replaced, _ = whole.lookup(states, ids, mask, "l2")
+    assert (replaced - states).abs().max() < 2e-3  # states are kept in float16
+    assert whole.counts.sum() == whole.facts["occurrences"]
+
+
+def test_the_sample_depends_on_neither_order_nor_repetition_and_is_the_smallest_hashes(teacher, texts, dictionary, tmp_path):
+    other = build_senses(teacher, [*texts[::-1], *texts[:50]], tmp_path, k=4, cap=40)
+    assert torch.equal(other.offsets, dictionary.offsets)
+    assert torch.equal(other.counts, dictionary.counts)
+    assert torch.allclose(other.senses, dictionary.senses, atol=1e-4)
+    tokens = np.concatenate(teacher.tokens(texts))
+    for token in range(len(teacher.tokenizer)):
+        occurrences, found = int((tokens == token).sum()), int(dictionary.offsets[token + 1] - dictionary.offsets[token])
+        held = dictionary.counts[dictionary.offsets[token] : dictionary.offsets[token + 1]].sum().item()
+        assert held == min(occurrences, 40)
+        assert found == min(occurrences, 4)
+
+
+def test_killed_half_way_it_goes_on_after_whole_blocks(teacher, texts, dictionary, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.sense_builder._BLOCK", 50)
+    calls = []
+
+    class Dying(TokenTeacher):
+        def __init__(self):
+            self.__dict__.update(teacher.__dict__)
+
+        def states(self, batch):
+            calls.append(len(batch))
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            return teacher.states(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_senses(Dying(), texts, tmp_path, k=4, cap=40, batch_size=16)
+    finished = len(list(tmp_path.glob("states-*.safetensors")))
+    assert finished == 1
+    before = len(calls)
+    found = build_senses(Dying(), texts, tmp_path, k=4, cap=40, batch_size=16)
+    assert len(list(tmp_path.glob("states-*.safetensors"))) == 4
+    assert len(calls) - before <= 12  # three blocks of at most four batches
+    assert torch.equal(found.counts, dictionary.counts)
+    assert torch.allclose(found.senses, dictionary.senses, atol=1e-4)
+
+
+def test_it_is_a_repository_of_its_own(dictionary, tmp_path):
+    dictionary.save_pretrained(tmp_path)
+    again = SenseDictionary.from_pretrained(tmp_path)
+    assert again.facts == dictionary.facts
+    assert torch.equal(again.offsets, dictionary.offsets)
+    assert torch.equal(again.counts, dictionary.counts)
+    assert torch.equal(again.senses, dictionary.senses)
+    assert not list(dictionary.state_dict())
+    tensors = load_file(tmp_path / "senses.safetensors")
+    save_file(tensors, tmp_path / "senses.safetensors")
+    with pytest.raises(ValueError, match="facts None, expected"):
+        SenseDictionary.from_pretrained(tmp_path)
+    (tmp_path / "senses.safetensors").unlink()
+    (tmp_path / "senses.pkl").write_bytes(b"x")
+    with pytest.raises(OSError, match="senses.safetensors"):
+        SenseDictionary.from_pretrained(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_refused(dictionary):
+    for change in (
+        {"offsets": dictionary.offsets + 1},
+        {"counts": dictionary.counts[:-1]},
+        {"senses": dictionary.senses * torch.nan},
+    ):
+        parts = {"senses": dictionary.senses, "offsets": dictionary.offsets, "counts": dictionary.counts, **change}
+        with pytest.raises(ValueError, match="Tokens would get the senses of others"):
+            SenseDictionary(**parts, facts={}, tokenizer=None)
+
+
+def test_markov_clustering_finds_what_lies_apart_and_the_rule_counts_it():
+    rng = np.random.default_rng(0)
+    states = np.concatenate([10 * np.eye(8)[i] + 0.05 * rng.normal(size=(20, 8)) for i in range(6)])
+    assert markov_clusters(states) == 6
+    assert (markov_senses(states, few=1), markov_senses(states), markov_senses(states[:3])) == (1, 5, 5)
+
+
+def test_clusters_are_those_of_k_means_and_few_states_stay_raw():
+    import faiss
+
+    rng = np.random.default_rng(0)
+    states = np.concatenate([10 * np.eye(8)[i] + 0.05 * rng.normal(size=(20 + i, 8)) for i in range(3)]).astype(np.float32)
+    centroids, counts = _cluster(states, 3, 1, faiss)
+    order = np.argsort(-centroids[:, 0] - 2 * centroids[:, 1])
+    assert sorted(counts.tolist()) == [20, 21, 22]
+    for place, row in enumerate([1, 0, 2]):
+        own = states[20 * row + sum(range(row)) :][: 20 + row]
+        assert np.allclose(centroids[order[place]], own.mean(0), atol=1e-4)
+    again = np.concatenate([states[:3], states[:3]])
+    centroids, counts = _cluster(again, 3, 1, faiss)
+    assert np.array_equal(centroids, np.unique(states[:3], axis=0))
+    assert counts.tolist() == [2, 2, 2]
+    assert len(_cluster(states, lambda found: len(found) // 10, 1, faiss)[0]) == 6
+
+
+# Teachers of tokens
+
+
+def test_states_are_those_of_the_layer_asked_for(backbone_folder, texts):
+    last, first = (TokenTeacher(backbone_folder, layer=layer, dtype="float32") for layer in (-1, 1))
+    inputs = last.tokenizer(texts[:3], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = last.model(**inputs, output_hidden_states=True).hidden_states
+    assert torch.allclose(last.states(texts[:3])[0], hidden[-1], atol=1e-6)
+    assert torch.allclose(first.states(texts[:3])[0], hidden[1], atol=1e-6)
+    with pytest.raises(ValueError, match="layer is 4 of 3"):
+        TokenTeacher(backbone_folder, layer=4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_language_model_sees_both_sides_if_asked(kind, texts, tmp_path):
+    options = {"num_key_value_heads": 1, "pad_token_id": 0, **({"head_dim": 8} if kind == "gemma3_text" else {})}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model(kind, vocab_size=28, max_position_embeddings=40, **sizes, **options)
+    source = write_random(tmp_path / "model", AutoModel, config, seed=4)
+    one, both = "a cat sat on the mat", "a cat sat on the rug"
+    changed = {}
+    for bidirectional in (False, True):
+        teacher = TokenTeacher(source, dtype="float32", bidirectional=bidirectional)
+        changed[bidirectional] = (teacher.states([one])[0] - teacher.states([both])[0]).abs().amax(-1)[0, :5]
+    assert changed[False].max() == 0
+    assert changed[True].min() > 1e-3
+    dictionary = build_senses(teacher, texts, tmp_path / "states", k=3)
+    dictionary.save_pretrained(tmp_path / "senses")
+    student = MultiSenseStudent.from_backbone(source, layers=[0, 1], bidirectional=True)
+    student.attach(dictionary, tmp_path / "senses")
+    student.save_pretrained(tmp_path / "student")
+    again = MultiSenseStudent.from_pretrained(tmp_path / "student")
+    with torch.no_grad():
+        states = [again(**again.tokenizer(text, return_tensors="pt")).states[0, :5] for text in (one, both)]
+    assert (states[0] - states[1]).abs().amax(-1).min() > 1e-3
+    assert again.encode(texts[:9]) == pytest.approx(student.encode(texts[:9]), abs=1e-6)
+
+
+def test_senses_are_cached_exactly(teacher, dictionary, texts, tmp_path):
+    live = SenseTeacher(teacher, dictionary)
+    cache = TeacherCache(live, tmp_path)
+    cache.add(texts)
+    found = cache.encode(texts)
+    assert torch.equal(found, live.encode(texts))
+    states, ids, mask = read(teacher, texts[:8])
+    _, chosen = dictionary.lookup(states, ids, mask)
+    assert torch.equal(found[:8, : chosen.shape[1]].long(), chosen)
+    assert (found[:8, chosen.shape[1] :] == -1).all()
+    other = SenseTeacher(teacher, dictionary, select="cos")
+    with pytest.raises(ValueError, match="select"):
+        TeacherCache(other, tmp_path)
+
+
+def test_a_dictionary_of_another_layer_is_refused(backbone_folder, dictionary):
+    with pytest.raises(ValueError, match="the dictionary was made from .* expected one teacher"):
+        SenseTeacher(TokenTeacher(backbone_folder, layer=1, dtype="float32"), dictionary)
+
+
+# The student
+
+
+@pytest.fixture
+def student(dictionary, tmp_path):
+    torch.manual_seed(0)
+    dictionary.save_pretrained(tmp_path / "dictionary")
+    source = make_backbone(tmp_path / "backbone", seed=3, hidden_size=8)
+    student = MultiSenseStudent.from_backbone(source, projection_dim=16, layers=[0, 2], dropout=0.0)
+    student.attach(dictionary, tmp_path / "dictionary")
+    return student
+
+
+@pytest.fixture
+def train(student, texts, tmp_path):
+    def run(teacher, loss, **options):
+        settings = {"per_device_train_batch_size": 16, "learning_rate": 5e-3, "logging_steps": 13, "num_train_epochs": 6}
+        settings |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **options}
+        args = DistillationTrainingArguments(str(tmp_path / "out"), **settings)
+        data = Dataset.from_dict({"text": texts})
+        trainer = DistillationTrainer(
+            model=student, args=args, train_dataset=data, eval_dataset=data.select(range(20)), teacher=teacher, loss=loss
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def test_a_student_learns_the_teachers_senses_and_opens_everywhere(train, student, teacher, dictionary, texts, tmp_path):
+    cache = TeacherCache(SenseTeacher(teacher, dictionary), tmp_path / "cache")
+    cache.add(texts)
+    before = dictionary.senses.clone()
+    trainer = train(cache, SenseLoss(), num_train_epochs=20)
+    log = [line for line in trainer.state.log_history if "loss_sense" in line]
+    assert log[-1]["sense_accuracy"] > log[0]["sense_accuracy"] + 0.1
+    assert log[-1]["loss"] == pytest.approx(log[-1]["loss_sense"], abs=1e-3)  # the accuracy is not summed
+    assert trainer.evaluate()["eval_loss"] < log[0]["loss"]
+    assert torch.equal(dictionary.senses, before)
+    assert not dictionary.senses.requires_grad
+    trainer.save_model()
+    found = check_layout(tmp_path / "out", ("a cat sat", "the old house " * 40))
+    assert found["AutoModel(trust_remote_code=True)"] > 0.99999
+    again = MultiSenseStudent.from_pretrained(tmp_path / "out")
+    assert again.encode(texts[:9]) == pytest.approx(student.encode(texts[:9]), abs=1e-6)
+    plain = StudentModel.from_pretrained(tmp_path / "out")
+    assert plain.encode(texts[:9]) == pytest.approx(student.encode(texts[:9], replace=False), abs=1e-6)
+    assert abs(again.encode(texts[:9]) - again.encode(texts[:9], replace=False)).max() > 1e-3
+    assert not list((tmp_path / "out").glob("*senses.safetensors"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "multi_sense.MultiSenseStudent"
+    assert config["hf_distill"]["senses"]["select"] == "dot"
+
+
+def test_a_live_teacher_gives_more_beside_the_senses(train, teacher, dictionary):
+    live = SenseTeacher(teacher, dictionary, beside=("sense_scores", "states"))
+    loss = WeightedLoss([SenseLoss(soft=True), StateLoss()], {"state": 0.5})
+    log = [line for line in train(live, loss).state.log_history if "loss_state" in line]
+    assert {"loss_sense", "loss_state", "sense_accuracy"} <= log[-1].keys()
+    assert log[-1]["loss_state"] < log[0]["loss_state"]
+    assert log[-1]["loss_sense"] < log[0]["loss_sense"]
+
+
+def test_states_alone_are_learned_from_a_teacher_of_tokens(train, teacher):
+    log = [line for line in train(teacher, StateLoss()).state.log_history if "loss_state" in line]
+    assert log[-1]["loss_state"] < log[0]["loss_state"]
+
+
+def test_the_teacher_as_its_own_student_has_every_sense_right(teacher, dictionary, backbone_folder, texts, tmp_path):
+    student = MultiSenseStudent.from_backbone(backbone_folder, dropout=0.0)
+    dictionary.save_pretrained(tmp_path)
+    student.attach(dictionary, tmp_path)
+    inputs = student.tokenizer(texts[:16], padding=True, return_tensors="pt")
+    output = student.train()(**inputs)
+    chosen = SenseTeacher(teacher, dictionary).encode(texts[:16])
+    found = SenseLoss()(output.sense_scores[:, None], chosen[:, None])
+    assert found["sense_accuracy"].item() == 1
+
+
+def test_students_that_do_not_fit_the_dictionary_are_refused(dictionary, backbone_folder, tmp_path):
+    wide = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=8)
+    with pytest.raises(ValueError, match="have 8 dimensions, the senses 16"):
+        wide.attach(dictionary, tmp_path)
+    with pytest.raises(ValueError, match="activation is 'tanh'"):
+        MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16, activation="tanh")
+    other = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16)
+    other.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match="differ at token 28: None and 'zebra'"):
+        other.attach(dictionary, tmp_path)
+
+
+def test_progress_is_said(teacher, texts, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "hf_distill"):
+        build_senses(teacher, texts, tmp_path, k=2)
+    assert "200 texts" in caplog.text
