@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many senses, chosen how, of which layer: `python benchmarks/senses.py --sts_dev $DATA/sts --wic $DATA/wic --split dev`.
+
+Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
+itself. Nothing is trained. Takes the recipe's flags; `--layers` and `--dims` name the layers and the k to try. Writes
+recipes/results/senses_sweep.json.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
+from hf_distill.cache import cache_folder
+from hf_distill.evaluation.report import RunReport, provenance, table, write_results
+from hf_distill.evaluation.word_sense import sense_vectors, statistics, word_similarity
+from hf_distill.losses import SenseLoss
+from hf_distill.sense_builder import build_senses
+from hf_distill.senses import SELECTIONS
+from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+from demo import demo_defaults, fill_in  # noqa: E402
+from inputs import training_texts  # noqa: E402
+from multi_sense import MultiSenseArguments  # noqa: E402
+from words import EndTasks  # noqa: E402
+
+
+class Remembered(TokenTeacher):
+    """A teacher that computes the states of a text once; in float16, as a dictionary holds them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known: dict[str, torch.Tensor] = {}
+
+    def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `TokenTeacher` returns."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for start in range(0, len(new), 32):
+            states, mask = super().states(new[start : start + 32])
+            for text, row, length in zip(new[start : start + 32], states, mask.sum(1).tolist(), strict=True):
+                self.known[text] = row[:length].half()
+        rows = [self.known[text].float() for text in texts]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+
+
+def main() -> None:
+    """Score every combination; remember the states of the tests, not those of the training texts."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_distill").setLevel(logging.INFO)
+    recipe, args = parse_arguments(MultiSenseArguments, DistillationTrainingArguments, **demo_defaults("senses_sweep"))
+    layers, sizes = recipe.layers or [-1], recipe.dims
+    fill_in(recipe)
+    report = RunReport("multi_sense", SenseLoss.paper)
+    tasks = EndTasks(recipe, report)
+    texts = training_texts(recipe, args, tasks.texts())
+    rows: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        options = {"layer": layer, "max_length": recipe.teacher_max_length}
+        teacher, tested = (kind(recipe.teacher[0], **options) for kind in (TokenTeacher, Remembered))
+        tasks.add(f"layer {layer}", tested.states, tested, tested.num_parameters)
+        rows[f"layer {layer}"] = cells(report.rows[f"layer {layer}"]["scores"])
+        place = cache_folder(recipe.cache_dir, teacher)
+        place = place.with_name(f"{place.name}-states")
+        for k in sizes:
+            dictionary = build_senses(teacher, texts.all(), place, k, recipe.cap, args.seed, recipe.teacher_batch_size)
+            facts = statistics(dictionary, texts.held_out)
+            more = {"MB": facts["mb"]}
+            if recipe.words:
+                more["words"] = word_similarity(sense_vectors(dictionary), recipe.words)["words_avg"]
+            for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
+                name = f"layer {layer}, k {k}, {select}"
+                tasks.add(name, SenseTeacher(tested, dictionary, select).replaced, tested, tested.num_parameters)
+                rows[name] = cells(report.rows[name]["scores"]) | more
+                print(name, rows[name], flush=True)
+    results = {"table": rows, "scores": report.rows, "texts": texts.facts(recipe.texts_name)}
+    write_results(RECIPES / "results", {**results, "provenance": provenance(args.seed)}, "senses_sweep")
+    print(table(rows))
+
+
+def cells(scores: dict[str, float]) -> dict[str, float]:
+    """Return what the table shows."""
+    return {key.removeprefix("sts_").replace("_", " "): value for key, value in scores.items() if not key.endswith("_std")}
+
+
+if __name__ == "__main__":
+    main()
