@@ -197,7 +197,7 @@ def open_space(
 
 
 def measure_indexes(recipe: Any, data: Any, towers: TwoTowerTeacher, space: Teacher, student: StudentModel) -> dict[str, Any]:
-    """Return {"index": the report}: the teacher at full size beside the student, over its own documents or the space's."""
+    """Return {"index": the report}: the teacher, at full size and reduced, beside the student."""
     if not recipe.index_report:
         return {}
     from hf_distill.evaluation.index import Space, index_report
@@ -208,6 +208,9 @@ def measure_indexes(recipe: Any, data: Any, towers: TwoTowerTeacher, space: Teac
         known = (encode if recipe.symmetric else space.encode)(documents, prompt_name="document")
         asked = encode(queries, prompt_name="query")
         spaces = {"teacher": Space(towers.encode(documents, prompt_name="document"), towers.encode(queries))}
+        if recipe.dim:  # what fewer dimensions cost, apart from the smaller encoder
+            reduced = (space.encode(documents, prompt_name="document"), space.encode(queries))
+            spaces[f"teacher {space.dim}-d"] = Space(*reduced)
         for dim in [space.dim, *(dim for dim in recipe.dims if recipe.dim and dim < space.dim)]:
             spaces[f"student {dim}-d"] = Space(known[:, :dim], asked[:, :dim])
         return {"index": index_report(spaces, relevant)}

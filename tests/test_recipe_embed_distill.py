@@ -82,7 +82,10 @@ def test_both_towers_small_in_fewer_dimensions(run, tmp_path):
     assert list(results["rows"]) == ["teacher", "teacher, PCA 8", "untrained student", "student"]
     assert results["rows"]["student"]["dim"] == 8
     spaces = dict.fromkeys(name.split(", ")[0] for name in results["index"])
-    assert list(spaces) == ["teacher", "student 8-d", "student 4-d"]
+    assert list(spaces) == ["teacher", "teacher 8-d", "student 8-d", "student 4-d"]
+    assert results["index"]["teacher 8-d, flat"]["ndcg"] == pytest.approx(
+        results["rows"]["teacher, PCA 8"]["scores"]["dev_ndcg10"], abs=0.1
+    )
     scores = results["rows"]["student"]["scores"]
     assert results["index"]["student 8-d, flat"]["ndcg"] == pytest.approx(scores["dev_ndcg10"], abs=0.1)
     assert "dev_ndcg10@4" in scores
