@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many senses, chosen how, of which layer: `python benchmarks/senses.py --sts_dev $DATA/sts --wic $DATA/wic --split dev`.
+"""How many senses, chosen how, of which layer: `python benchmarks/senses.py --dims 1 5 10 20 50 --sts_dev $DATA/sts ...`.
 
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
-itself. Nothing is trained. Takes the recipe's flags; `--layers` and `--dims` name the layers and the k to try. Writes
-recipes/results/senses_sweep.json.
+itself. Nothing is trained. Takes the recipe's flags (`--split dev`); `--layers` and `--dims` are the layers and the k to try.
+Writes recipes/results/senses_sweep.json.
 """
 
 import logging
@@ -39,16 +39,17 @@ class Remembered(TokenTeacher):
         super().__init__(*args, **kwargs)
         self.known: dict[str, torch.Tensor] = {}
 
-    def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what `TokenTeacher` returns."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for start in range(0, len(new), 32):
-            states, mask = super().states(new[start : start + 32])
+            states, _, mask = super().read(new[start : start + 32])
             for text, row, length in zip(new[start : start + 32], states, mask.sum(1).tolist(), strict=True):
                 self.known[text] = row[:length].half()
         rows = [self.known[text].float() for text in texts]
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return states, inputs["input_ids"].to(states.device), inputs["attention_mask"].to(states.device)
 
 
 def main() -> None:

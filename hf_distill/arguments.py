@@ -50,8 +50,8 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep; the best one stays."})
     label_names: list[str] | None = field(
-        default_factory=lambda: ["targets"],
-        metadata={"help": "What eval_loss is computed from: the teacher's targets."},
+        default_factory=lambda: ["texts"],
+        metadata={"help": "What every batch holds that has a loss; leave it."},
     )
 
     def __post_init__(self) -> None:
@@ -179,6 +179,7 @@ class RecipeArguments:
             "teacher_name",
             "backbone_name",
             "texts_name",
+            "words",
         )
         return {key: value for key, value in asdict(self).items() if key not in places}
 

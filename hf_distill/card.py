@@ -57,7 +57,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], facts["teacher"]]) if _is_hub_id(hub_id)]
         or None,
         datasets=[facts["data"]["name"]] if _is_hub_id(facts["data"].get("name")) else None,
-        eval_results=_eval_results(scores, facts["data"].get("name")) or None,
+        eval_results=_eval_results(scores, facts["data"].get("name"), "senses" in student) or None,
     )
     tables = {}
     if measured:
@@ -83,9 +83,10 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     return str(card)
 
 
-def _eval_results(scores: Mapping[str, float], collection: str | None) -> list[EvalResult]:
+def _eval_results(scores: Mapping[str, float], collection: str | None, replaced: bool) -> list[EvalResult]:
     """Return what the Hub lists: each STS set, the search of test queries, translations found."""
-    values = {key.removeprefix("sts_"): (value, _STS) for key, value in scores.items() if key.startswith("sts_")}
+    sts = {**_STS, "metric_name": f"{_STS['metric_name']}, states replaced by senses (remote code)"} if replaced else _STS
+    values = {key.removeprefix("sts_"): (value, sts) for key, value in scores.items() if key.startswith("sts_")}
     values = {name: value for name, value in values.items() if "avg" not in name}
     for key, called in (("tatoeba_avg", "Tatoeba, mean over languages"), ("test_avg", f"{collection}, test pairs")):
         if key in scores:

@@ -62,6 +62,7 @@ class MultiSenseStudent(StudentModel):
         """
         student = super().from_backbone(name, **options)
         student.tokenizer.pad_token = student.tokenizer.pad_token or student.tokenizer.eos_token
+        student.tokenizer.padding_side = "right"  # as the teacher's: a token's place is counted from the first
         if bidirectional:
             student.config.is_causal = student.backbone.config.is_causal = False
         return student
@@ -71,21 +72,22 @@ class MultiSenseStudent(StudentModel):
 
         Args:
             dictionary: Of the teacher's tokenizer, which must be the student's, too.
-            name: Where it is found again: folder, beside the student's (../name) or absolute, or Hub id.
+            name: Where it is found again: Hub id, or folder; "../name" stands beside the student, in a folder as on the Hub.
             revision: Its branch, tag or commit on the Hub.
             select: How a sense is chosen: "dot" (the paper's code), "l2" or "cos".
 
         Raises:
             ValueError: If tokenizers or widths differ, or there is no such selection.
         """
-        self.require_space(dictionary.tokenizer, dictionary.dim)
+        fingerprint = dictionary.facts.get("fingerprint") or {}
+        self.require_space(dictionary.tokenizer, dictionary.dim, fingerprint.get("max_length", self.settings["max_length"]))
         if select not in SELECTIONS:
             raise ValueError(f"MultiSenseStudent: select is {select!r}, expected one of {SELECTIONS}.")
-        self.settings["senses"] = {"name": str(name), "revision": revision, "select": select}
-        self.dictionary = dictionary.to(self.device)
+        self.settings["senses"] = {"name": str(name), "revision": revision, "select": select, "digest": dictionary.digest}
+        self.dictionary = dictionary
 
-    def require_space(self, tokenizer: Any, dim: int) -> None:
-        """Raise unless a teacher's senses can replace the student's states: the same tokens, the same width.
+    def require_space(self, tokenizer: Any, dim: int, max_length: int) -> None:
+        """Raise unless a teacher's senses can replace the student's states: the same tokens, of the same width.
 
         Raises:
             ValueError: If not; the first token that differs is named.
@@ -96,6 +98,12 @@ class MultiSenseStudent(StudentModel):
                 f"MultiSenseStudent: the student's states have {self.dim} dimensions, the senses {dim}, expected as many. None "
                 f"would fit. Make it with projection_dim={dim}."
             )
+        own = self.settings["max_length"]
+        if max_length != own:
+            raise ValueError(
+                f"MultiSenseStudent: the student reads {own} tokens, the teacher {max_length}, expected as many. Where one "
+                f"text ends, the other has a word. Make both with max_length={min(own, max_length)}."
+            )
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,16 +111,23 @@ class MultiSenseStudent(StudentModel):
 
         Raises:
             OSError: If the dictionary is not there: without it the student is another model than was measured.
+            ValueError: If it is another than the student was trained with.
         """
         found = super().from_pretrained(name, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         known = model.settings.get("senses")
         if known is not None:
+            place = _find(name, known["name"])
             hub_options = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
-            beside = Path(name) / known["name"]
-            place = beside if beside.is_dir() else known["name"]
             dictionary = SenseDictionary.from_pretrained(place, revision=known["revision"], **hub_options)
-            model.attach(dictionary, **known)
+            if dictionary.digest != known["digest"]:
+                raise ValueError(
+                    f"MultiSenseStudent: the dictionary in {place} has digest {dictionary.digest}, expected {known['digest']}, "
+                    f"that of the training of {name}. Its states would be replaced by other senses. Fetch the dictionary that "
+                    "belongs to it, or an earlier revision."
+                )
+            model.tokenizer.padding_side = "right"
+            model.attach(dictionary, known["name"], known["revision"], known["select"])
         return found
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> MultiSenseOutput:
@@ -151,3 +166,12 @@ class MultiSenseStudent(StudentModel):
             return super().encode(texts, *args, **kwargs)
         finally:
             self.replace = before
+
+
+def _find(student: Any, name: str) -> str:
+    """Return where a student's dictionary is: a folder, counted from the student's, or an id on the Hub, beside it or whole."""
+    here = Path(student)
+    if not here.is_dir():
+        return f"{here.parent}/{name[3:]}" if name.startswith("../") else name
+    place = (here.parent if here.name.startswith("checkpoint-") else here) / name  # a checkpoint lies one folder deeper
+    return str(place) if place.is_dir() else name

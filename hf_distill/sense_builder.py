@@ -15,14 +15,14 @@ from transformers.utils import logging
 
 from .processes import process_state
 from .senses import SenseDictionary
-from .shards import keys_of, write_whole
+from .shards import keys_of, read_tensor, write_whole
 from .token_teacher import TokenTeacher
 
 
 logger = logging.get_logger(__name__)
 Rule = Callable[[np.ndarray], int]
 
-_BLOCK = 2048  # texts of one file: what a killed run loses at most
+_NUMBERS = 800_000  # texts of one file times the states' width: what a killed run loses at most
 
 
 def build_senses(
@@ -41,8 +41,8 @@ def build_senses(
     a launch encodes its share of them, and clusters its share of the tokens. The folder keeps finished blocks: killed and
     called again, it goes on after them.
 
-    Memory: 12 bytes for each occurrence that is kept so far, and the states of one group of tokens (256 MB); disk: 2 D + 12
-    bytes for each occurrence that was ever kept.
+    Memory: about 60 bytes for each occurrence that was ever kept, the states of one group of tokens (256 MB), and those of one
+    block (at most 5 MB times the tokens of its longest text); disk: 2 D + 12 bytes for each occurrence that was ever kept.
 
     Args:
         teacher: Whose states.
@@ -55,7 +55,7 @@ def build_senses(
 
     Raises:
         ImportError: If faiss is not installed.
-        ValueError: If k or cap is not positive, or there is no text.
+        ValueError: If k or cap is not positive, there is no text, or a state does not fit float16.
     """
     try:
         import faiss
@@ -67,39 +67,41 @@ def build_senses(
     folder.mkdir(parents=True, exist_ok=True)
     size = len(teacher.tokenizer)
     sample = _Sample(size, cap)
-    paths, count = [], 0
-    for number, block in enumerate(_blocks(texts)):
+    paths, count, digest = [], 0, _digest(teacher.fingerprint, cap, batch_size)
+    for number, block in enumerate(_blocks(texts, max(1, _NUMBERS // teacher.dim))):
         count += len(block)
-        digest = hashlib.sha256(json.dumps([teacher.fingerprint, cap, batch_size, number]).encode() + keys_of(block).tobytes())
-        paths.append(folder / f"states-{digest.hexdigest()[:20]}.safetensors")
+        # What a block keeps depends on those before it.
+        digest = _digest(digest, keys_of(block).tobytes().hex())
+        paths.append(folder / f"states-{digest}.safetensors")
         if number % state.num_processes == state.process_index:
             if not paths[-1].exists():
                 found = _gather(teacher, block, sample, batch_size)
                 write_whole(paths[-1], save(found))
-            known = load_file(paths[-1])
-            sample.add(known["ids"], known["hashes"])
+            sample.add(read_tensor(paths[-1], "ids"), read_tensor(paths[-1], "hashes"))
             logger.info(f"build_senses: {count} texts, {len(sample.ids)} occurrences of {len(np.unique(sample.ids))} tokens.")
     if not paths:
         raise ValueError("build_senses: there are no texts, expected some. No token would have a sense.")
     state.wait_for_everyone()
     whole = _merge(paths, size, cap)
-    part = folder / f"senses-{state.process_index}-of-{state.num_processes}.safetensors"
-    own = {"ids": [], "senses": [], "counts": []}
-    for token, vectors in _by_token(paths, whole, state.process_index, state.num_processes):
-        centroids, counts = _cluster(vectors, k, seed, faiss)
-        own["ids"].append(np.full(len(centroids), token))
-        own["senses"].append(centroids)
-        own["counts"].append(counts)
-    empty = {"ids": np.empty(0, int), "senses": np.empty((0, teacher.dim), np.float32), "counts": np.empty(0, int)}
-    write_whole(part, save({name: np.concatenate([empty[name], *values]) for name, values in own.items()}))
+    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
+    made = f"senses-{_digest(digest, rule, seed)}"
+    part = folder / f"{made}-{state.process_index}-of-{state.num_processes}.safetensors"
+    if not part.exists():
+        own = {"ids": [], "senses": [], "counts": []}
+        for token, vectors in _by_token(paths, whole, state.process_index, state.num_processes):
+            centroids, counts = _cluster(vectors, k, seed, faiss)
+            own["ids"].append(np.full(len(centroids), token))
+            own["senses"].append(centroids)
+            own["counts"].append(counts)
+        empty = {"ids": np.empty(0, int), "senses": np.empty((0, teacher.dim), np.float32), "counts": np.empty(0, int)}
+        write_whole(part, save({name: np.concatenate([empty[name], *values]) for name, values in own.items()}))
     state.wait_for_everyone()
-    parts = [load_file(folder / f"senses-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
+    parts = [load_file(folder / f"{made}-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
     ids, senses, counts = (np.concatenate([part[name] for part in parts]) for name in ("ids", "senses", "counts"))
     order = np.argsort(ids, kind="stable")
     offsets = np.searchsorted(ids[order], np.arange(size + 1))
-    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
-    facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "layer": teacher.layer, **rule, "cap": cap}
-    facts |= {"seed": seed, "texts": count, "occurrences": len(whole)}
+    facts = {"teacher": teacher.name, "revision": teacher.revision, "fingerprint": teacher.fingerprint, "layer": teacher.layer}
+    facts |= {**rule, "cap": cap, "seed": seed, "texts": count, "occurrences": len(whole)}
     state.wait_for_everyone()
     # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
     tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
@@ -132,9 +134,13 @@ def _smallest(ids: np.ndarray, hashes: np.ndarray, cap: int) -> np.ndarray:
     return order[rank < cap]
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _digest(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def _blocks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     rows = iter(texts)
-    while block := list(islice(rows, _BLOCK)):
+    while block := list(islice(rows, size)):
         yield list(dict.fromkeys(block))
 
 
@@ -154,7 +160,12 @@ def _gather(teacher: TokenTeacher, block: list[str], sample: _Sample, batch_size
             mask = kept[row]
             ids.append(tokens[row][mask])
             numbers.append(hashes[row][mask])
-            vectors.append(found[: len(mask)][torch.from_numpy(mask)].half().numpy())
+            vectors.append(found[: len(mask)].cpu()[torch.from_numpy(mask)].half().numpy())
+            if not np.isfinite(vectors[-1]).all():
+                raise ValueError(
+                    f"build_senses: a state of {block[row][:60]!r} is not finite in float16, expected numbers below 65504. Its "
+                    "token would have no sense that can be saved. Take another layer."
+                )
     if not ids:
         return {
             "ids": np.empty(0, np.int32),
@@ -175,11 +186,10 @@ def _merge(paths: list[Path], size: int, cap: int) -> np.ndarray:
     """Return [n, 3]: token, file and row of the occurrences that are taken, by token and hash."""
     ids, hashes, files, rows = [], [], [], []
     for number, path in enumerate(paths):
-        found = load_file(path)
-        ids.append(found["ids"])
-        hashes.append(found["hashes"])
-        files.append(np.full(len(found["ids"]), number))
-        rows.append(np.arange(len(found["ids"])))
+        ids.append(read_tensor(path, "ids"))
+        hashes.append(read_tensor(path, "hashes"))
+        files.append(np.full(len(ids[-1]), number))
+        rows.append(np.arange(len(ids[-1])))
     ids, hashes, files, rows = map(np.concatenate, (ids, hashes, files, rows))
     kept = _smallest(ids, hashes, cap)
     return np.stack([ids[kept], files[kept], rows[kept]], axis=1)
@@ -190,7 +200,7 @@ def _by_token(paths: list[Path], whole: np.ndarray, rank: int, world: int) -> It
     mine = whole[whole[:, 0] % world == rank]
     if not len(mine):
         return
-    width = load_file(paths[int(mine[0, 1])])["states"].shape[1]
+    width = read_tensor(paths[int(mine[0, 1])], "states").shape[1]
     room = max(1, (256 << 20) // (4 * width))
     starts = np.flatnonzero(np.append(True, mine[1:, 0] != mine[:-1, 0]))
     ends = np.append(starts[1:], len(mine))
@@ -201,7 +211,7 @@ def _by_token(paths: list[Path], whole: np.ndarray, rank: int, world: int) -> It
         vectors = np.empty((len(group), width), np.float32)
         for file in np.unique(group[:, 1]):
             here = group[:, 1] == file
-            vectors[here] = load_file(paths[int(file)])["states"][group[here, 2]]
+            vectors[here] = read_tensor(paths[int(file)], "states")[group[here, 2]]
         for place in range(first, last):
             low, high = starts[place] - starts[first], ends[place] - starts[first]
             yield int(mine[starts[place], 0]), vectors[low:high]

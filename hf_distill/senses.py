@@ -5,9 +5,11 @@ This file is published beside a multi-sense student's weights, so it imports onl
 itself requires. `sense_builder.py` makes dictionaries.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,26 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 
 SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
-_TOKENS = 4096  # replaced at a time: their candidates are gathered, [4096, K, D]
+_NUMBERS = 1 << 26  # of candidates that are gathered at a time, [tokens, K, D]: 256 MB
+_PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 
 
-class SenseDictionary(nn.Module):
+class SenseDictionary:
     """The senses of a vocabulary: rows offsets[v] to offsets[v + 1] are those of token v; a token may have none.
 
     Source: the sense dictionary of Wang et al. 2025, https://huggingface.co/papers/2504.06036: centroids of a token's
     contextual states in a teacher's last layer.
 
-    It is a module so that it moves with the student that uses it; its tensors are no parameters and in no checkpoint.
+    It is no module: its tensors are in no checkpoint, keep their precision, and are not sent round by DDP. They are copied once
+    to each device that states lie on.
 
     Args:
         senses: [S, D].
@@ -45,7 +50,6 @@ class SenseDictionary(nn.Module):
     """
 
     def __init__(self, senses: Tensor, offsets: Tensor, counts: Tensor, facts: Mapping[str, Any], tokenizer: Any) -> None:
-        super().__init__()
         whole = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(senses) and bool((offsets.diff() >= 0).all())
         if not whole or len(counts) != len(senses) or not torch.isfinite(senses).all():
             raise ValueError(
@@ -53,15 +57,30 @@ class SenseDictionary(nn.Module):
                 f"{len(counts)}, offsets {offsets[:1].tolist()} to {offsets[-1:].tolist()}, expected finite ones, a count for "
                 "each, and offsets from 0 to their number. Tokens would get the senses of others. Build it again."
             )
-        self.register_buffer("senses", senses.float(), persistent=False)
-        self.register_buffer("offsets", offsets.long(), persistent=False)
-        self.register_buffer("counts", counts.long(), persistent=False)
+        self.senses, self.offsets, self.counts = senses.float(), offsets.long(), counts.long()
         self.facts, self.tokenizer = dict(facts), tokenizer
+        self.most = max(1, int(self.offsets.diff().max()))
+        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def dim(self) -> int:
         """Length D of a sense."""
         return self.senses.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """A digest of every sense, in the precision that is published, and of whose they are."""
+        found = hashlib.sha256(self.offsets.cpu().numpy().tobytes())
+        found.update(self.senses.half().cpu().numpy().tobytes())
+        return found.hexdigest()[:20]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (senses, offsets) on a device."""
+        if device == self.senses.device:
+            return self.senses, self.offsets
+        if device not in self._elsewhere:
+            self._elsewhere[device] = (self.senses.to(device), self.offsets.to(device))
+        return self._elsewhere[device]
 
     def of(self, token: int) -> Tensor:
         """Return the senses of a token, [k, D]; k may be 0."""
@@ -69,11 +88,14 @@ class SenseDictionary(nn.Module):
 
     def known(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return which tokens have senses: a boolean tensor of the shape of ids; padding (mask 0) has none."""
-        found = self.offsets[ids + 1] > self.offsets[ids]
+        _, offsets = self._on(ids.device)
+        found = offsets[ids + 1] > offsets[ids]
         return found if mask is None else found & mask.bool()
 
     def all_scores(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> Tensor:
         """Return how well each sense of each token fits its state, [N, T, K]; -inf where a token has no such sense.
+
+        K is the most that any token has, so that scores of different batches can be put together.
 
         Args:
             states: [N, T, D], with gradient.
@@ -89,13 +111,15 @@ class SenseDictionary(nn.Module):
                 f"SenseDictionary: states of {states.shape[-1]} dimensions for senses of {self.dim}, selected by {select!r}, "
                 f"expected as many, and one of {SELECTIONS}. Project the student's states to the teacher's width."
             )
+        senses, offsets = self._on(states.device)
         known = self.known(ids, mask)
-        rows, first = states[known].float(), self.offsets[ids[known]]
-        number = self.offsets[ids[known] + 1] - first
-        place = torch.arange(int(number.max()) if len(number) else 1, device=ids.device)
-        places = (first[:, None] + place).clamp(max=len(self.senses) - 1)
-        parts = zip(rows.split(_TOKENS), places.split(_TOKENS), strict=True)
-        fitting = torch.cat([_fit(part, self.senses[candidates], select) for part, candidates in parts])
+        rows, first = states[known].float(), offsets[ids[known]]
+        number = offsets[ids[known] + 1] - first
+        place = torch.arange(self.most, device=ids.device)
+        places = (first[:, None] + place).clamp(max=len(senses) - 1)
+        size = max(1, _NUMBERS // (self.most * self.dim))
+        parts = zip(rows.split(size), places.split(size), strict=True)
+        fitting = torch.cat([_fit(part, senses[candidates], select) for part, candidates in parts])
         found = torch.full((*ids.shape, len(place)), -torch.inf, device=states.device)
         found[known] = fitting.masked_fill(place >= number[:, None], -torch.inf)
         return found
@@ -110,10 +134,11 @@ class SenseDictionary(nn.Module):
             ids: [N, T].
             scores: [N, T, K], of `all_scores`.
         """
+        senses, offsets = self._on(states.device)
         known = scores[..., 0] > -torch.inf
         chosen = torch.where(known, scores.argmax(-1), -1)
         replaced = states.clone()
-        replaced[known] = self.senses[self.offsets[ids[known]] + chosen[known]].to(states.dtype)
+        replaced[known] = senses[offsets[ids[known]] + chosen[known]].to(states.dtype)
         return replaced, chosen
 
     def lookup(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> tuple[Tensor, Tensor]:
@@ -188,7 +213,7 @@ class SenseDictionary(nn.Module):
 
 
 def require_same_tokens(tokenizer: Any, other: Any) -> None:
-    """Raise if a student's tokenizer numbers tokens otherwise than the teacher's.
+    """Raise if a student's tokenizer makes other tokens of a text than the teacher's.
 
     Args:
         tokenizer: The teacher's, or the dictionary's.
@@ -200,18 +225,25 @@ def require_same_tokens(tokenizer: Any, other: Any) -> None:
     words, others = ({number: word for word, number in known.get_vocab().items()} for known in (tokenizer, other))
     differing = sorted(number for number in words.keys() | others.keys() if words.get(number) != others.get(number))
     if differing:
-        first = differing[0]
-        raise ValueError(
-            f"SenseDictionary: the tokenizers of teacher and student differ at token {first}: {words.get(first)!r} and "
-            f"{others.get(first)!r}, expected the same. A token would be replaced by the senses of another. Use a student of "
-            "the teacher's own tokenizer, whole."
-        )
+        first, whose = differing[0], "number tokens"
+        have = f"{words.get(first)!r} and {others.get(first)!r} at {first}"
+    else:
+        ids, own = (known(_PROBE)["input_ids"] for known in (tokenizer, other))
+        if ids == own:
+            return
+        place = next(i for i, pair in enumerate(zip_longest(ids, own)) if pair[0] != pair[1])
+        pieces = [known.convert_ids_to_tokens(row[place : place + 1]) for known, row in ((tokenizer, ids), (other, own))]
+        whose, have = f"cut {_PROBE!r}", f"{pieces[0]} and {pieces[1]} at place {place}"
+    raise ValueError(
+        f"SenseDictionary: the tokenizers of teacher and student {whose} differently: {have}, expected the same. A token would "
+        "be replaced by the senses of another. Use a student of the teacher's own tokenizer, whole."
+    )
 
 
 def _fit(states: Tensor, candidates: Tensor, select: str) -> Tensor:
     """Return [M, K] of states [M, D] and candidates [M, K, D]."""
     if select == "cos":
-        states, candidates = nn.functional.normalize(states, dim=-1), nn.functional.normalize(candidates, dim=-1)
+        states, candidates = functional.normalize(states, dim=-1), functional.normalize(candidates, dim=-1)
     products = torch.einsum("md,mkd->mk", states, candidates)
     if select == "l2":
         return 2 * products - candidates.square().sum(-1) - states.square().sum(-1, keepdim=True)

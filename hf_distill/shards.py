@@ -104,7 +104,7 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     """Return one tensor of a shard as a memory map."""
     header, start = read_header(path)
     entry = header[name]
-    dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
+    dtype = {"U8": np.uint8, "I32": np.int32, "U64": np.uint64, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
     return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
 
 

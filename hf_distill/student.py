@@ -317,7 +317,7 @@ class StudentModel(PreTrainedModel):
         Raises:
             ValueError: If a weight is missing, left over or of another shape; nothing is trained on from a random head.
         """
-        saved = type(self).from_pretrained(str(folder), config=self.config, dtype=self.dtype).state_dict()
+        saved = StudentModel.from_pretrained(str(folder), config=self.config, dtype=self.dtype).state_dict()
         if (Path(folder) / TRAINING_HEAD).exists():
             saved |= load_file(Path(folder) / TRAINING_HEAD)
         try:

@@ -19,7 +19,7 @@ class TokenTeacher(Teacher):
     """A frozen model whose token states are the targets: any `AutoModel`, encoder or causal language model.
 
     Its vectors, as a plain teacher's (`encode`), are the means over real tokens, of unit length. As targets it gives the
-    states themselves, one row of T * dim numbers a text, padded with zeros.
+    states themselves, [B, C, T, dim], zeros for padding; they are not cached.
 
     Args:
         name: Folder or Hub id.
@@ -100,15 +100,20 @@ class TokenTeacher(Teacher):
         return [np.array(row, np.int32) for row in ids]
 
     @torch.no_grad()
-    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Return (states [N, T, dim], float32 on the CPU; mask [N, T]) of one batch."""
+    def read(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (states [N, T, dim] float32, ids [N, T], mask [N, T]) of one batch, on the teacher's device."""
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
         inputs = self.tokenizer(texts, **options).to(self.device)
         if self.layer in (-1, self.model.config.num_hidden_layers):
             states = self.model(**inputs).last_hidden_state
         else:
             states = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]
-        return states.float().cpu(), inputs["attention_mask"].cpu()
+        return states.float(), inputs["input_ids"], inputs["attention_mask"]
+
+    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return (states [N, T, dim], float32; mask [N, T]) of one batch."""
+        states, _, mask = self.read(texts)
+        return states, mask
 
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return the mean states of unit length, [N, dim]."""
@@ -127,10 +132,10 @@ class TokenTeacher(Teacher):
 
 
 class SenseTeacher(Teacher):
-    """Which sense of its token each state of a teacher has: numbers small enough to cache for any text.
+    """Which sense of its token each state of a teacher has: numbers small enough to cache.
 
     As a plain teacher its "vectors" are the senses of a text's tokens in order, -1 for a token without senses and behind the
-    end, so `TeacherCache(SenseTeacher(...))` keeps them, `dim` numbers a text.
+    end, so `TeacherCache(SenseTeacher(...))` keeps them, `dim` numbers a text: the teacher's max_length.
 
     Args:
         teacher: Whose states.
@@ -153,34 +158,25 @@ class SenseTeacher(Teacher):
                 f"{teacher.fingerprint}, select is {select!r}, beside {list(beside)}, expected one teacher, at most 2048 "
                 f"senses, one of {SELECTIONS}, and some of sense_scores, states. Its states would be given senses of another."
             )
-        self.teacher, self.dictionary, self.select, self.beside = teacher, dictionary.to(teacher.device), select, tuple(beside)
+        self.teacher, self.dictionary, self.select, self.beside = teacher, dictionary, select, tuple(beside)
         self.name, self.dim, self.num_parameters = teacher.name, teacher.max_length, teacher.num_parameters
         self.revision = teacher.revision
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """That of the teacher, the dictionary's digest, and the selection."""
-        digest = weights_digest([{"senses": self.dictionary.senses, "offsets": self.dictionary.offsets}])
-        return {**self.teacher.fingerprint, "dictionary": digest, "select": self.select}
-
-    def read(self, batch: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (states [N, T, D], ids [N, T], mask [N, T]) of one batch."""
-        states, mask = self.teacher.states(batch)
-        ids = torch.zeros_like(mask)
-        for row, tokens in enumerate(self.teacher.tokens(batch)):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens).long()
-        return states, ids, mask
+        return {**self.teacher.fingerprint, "dictionary": self.dictionary.digest, "select": self.select}
 
     def replaced(self, batch: list[str]) -> tuple[Tensor, Tensor]:
         """Return (the teacher's states with each replaced by its sense [N, T, D], mask [N, T]) of one batch."""
-        states, ids, mask = self.read(batch)
+        states, ids, mask = self.teacher.read(batch)
         return self.dictionary.lookup(states, ids, mask, self.select)[0], mask
 
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return the senses of each text's tokens, [N, dim], whole numbers as float32; -1 for none."""
 
         def embed(batch: list[str]) -> Tensor:
-            states, ids, mask = self.read(batch)
+            states, ids, mask = self.teacher.read(batch)
             _, chosen = self.dictionary.lookup(states, ids, mask, self.select)
             return nn.functional.pad(chosen.float(), (0, self.dim - chosen.shape[1]), value=-1.0)
 
@@ -192,7 +188,7 @@ class SenseTeacher(Teacher):
         texts = [text for row in rows for text in row]
         if not self.beside:
             return super().targets(rows)
-        states, ids, mask = self.read(texts)
+        states, ids, mask = self.teacher.read(texts)
         _, chosen = self.dictionary.lookup(states, ids, mask, self.select)
         found = {"senses": chosen}
         if "sense_scores" in self.beside:

@@ -113,8 +113,6 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_options,
         )
-        if teacher is None:
-            self.label_names = ["texts"]  # what tells the host's evaluation that there is a loss
         require_strategy(self.accelerator.state)
         self.run_facts = self._describe_run(first)
         require_same(self.run_facts)

@@ -4,14 +4,14 @@
 from dataclasses import dataclass, field
 
 from inputs import begin, training_texts
-from words import EndTasks, dictionary_facts, open_dictionary, open_senses, student_states
+from words import EndTasks, dictionary_facts, open_dictionary, open_senses, open_token_teacher, student_states
 
 from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
 from hf_distill.multi_sense import MultiSenseStudent
 from hf_distill.senses import SELECTIONS
-from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+from hf_distill.token_teacher import SenseTeacher
 from hf_distill.trainer import DistillationTrainer, last_checkpoint
 
 
@@ -57,13 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     tasks = EndTasks(recipe, report)
     texts = training_texts(recipe, args, tasks.texts())
 
-    options = {"layer": recipe.teacher_layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
-    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
-    teacher.name = recipe.teacher_name or teacher.name
     options = {**recipe.student_options(), "projection_dim": recipe.dim, "bidirectional": recipe.bidirectional}
     student = MultiSenseStudent.from_backbone(recipe.backbone, **options)
     student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
-    student.require_space(teacher.tokenizer, teacher.dim)
+    teacher = open_token_teacher(recipe, student)
+    student.require_space(teacher.tokenizer, teacher.dim, teacher.max_length)
     size = student.num_parameters()
     with report.timed("dictionary"):
         dictionary, place = open_dictionary(recipe, args, teacher, texts)
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("evaluation"):
         tasks.add("student, without senses", student_states(student, replace=False), student, size)
         tasks.add("student", student_states(student, replace=True), student, size)
-    facts = dictionary_facts(recipe, live, texts.held_out)
+    facts = dictionary_facts(recipe, live, student, texts.held_out)
     print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))
     trainer.end()
 

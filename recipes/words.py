@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from demo import EMBEDDED, gcide_contexts
 from inputs import sts_evaluators
 from torch.nn import functional
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.evaluation.report import RunReport
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS
 from hf_distill.evaluation.word_sense import (
     ClassificationEvaluator,
     WiCEvaluator,
@@ -24,8 +25,9 @@ from hf_distill.evaluation.word_sense import (
     word_states,
 )
 from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.processes import process_state
 from hf_distill.sense_builder import build_senses
-from hf_distill.senses import SenseDictionary
+from hf_distill.senses import SenseDictionary, require_same_tokens
 from hf_distill.student import encode_sorted, pool
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 
@@ -46,7 +48,8 @@ class EndTasks:
             raise FileNotFoundError(f"multi_sense: no file *-{split}.* in {folder}, expected <name>-train and <name>-{split}.")
         report.evaluators = [*sts_evaluators(recipe), *(ClassificationEvaluator(folder, name, split) for name in names)]
         self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
-        self.report, self.few = report, [f"{name}_few" for name in names]
+        sets = STS_SETS if recipe.sts else STS_DEV_SETS  # beside the tests, dev is no task of its own
+        self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
 
     def texts(self) -> list[str]:
         """Return what they score, which no training may hold."""
@@ -70,21 +73,40 @@ class EndTasks:
         scores = self.report.rows[name]["scores"]
         if self.wic:
             scores |= self.wic(word_states(model.tokenizer, states))
-        ends = [scores[key] for key in scores if key in self.few or key == "wic" or (key[:4] == "sts_" and key != "sts_avg")]
+        ends = [scores[key] for key in scores if key in self.ends]
         if ends:
             scores["end_avg"] = float(np.mean(ends))
+
+
+def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
+    """Return the teacher that `--teacher` names; it reads what the student reads, or as the dictionary of `--senses` says."""
+    others = ("teacher_int8", "teacher_device_map", "teacher_pooling", "max_vocabulary", "from_scratch", "freeze_embeddings")
+    given = [name for name in others if getattr(recipe, name)] + (["teacher"] if len(recipe.teacher) > 1 else [])
+    if given:
+        raise ValueError(f"multi_sense: {given} are given, expected one teacher, and a student of its tokens, both whole.")
+    options = {"layer": recipe.teacher_layer, "bidirectional": recipe.bidirectional}
+    options["max_length"] = recipe.teacher_max_length or student.settings["max_length"]
+    if recipe.senses:
+        made = SenseDictionary.from_pretrained(recipe.senses).facts.get("fingerprint") or {}
+        options |= {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype") if key in made}
+    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
+    teacher.name = recipe.teacher_name or teacher.name
+    return teacher
 
 
 def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -> tuple[SenseDictionary, str]:
     """Return (the dictionary that `--senses` names, or one made from the texts; the name that a student finds it by).
 
-    One that is made lies beside the output folder, and with `--push_to_hub` in a repository beside the student's.
+    One that is made lies beside the output folder. With `--push_to_hub` it is published beside the student; so is a local one.
 
     Raises:
-        ValueError: If most of the texts' tokens have no sense in it: little would be replaced, or learned.
+        ValueError: If it is another tokenizer's, or most of the texts' tokens have no sense in it: little would be replaced.
     """
+    beside = f"{Path(args.hub_model_id if args.push_to_hub and args.hub_model_id else args.output_dir).name}-senses"
+    folder = Path(args.output_dir).with_name(beside)
     if recipe.senses:
         dictionary = SenseDictionary.from_pretrained(recipe.senses)
+        require_same_tokens(dictionary.tokenizer, teacher.tokenizer)
         sample = [text for _, text in zip(range(2000), texts.all(), strict=False)]
         ids = torch.tensor([i for row in teacher.tokens(sample) for i in row.tolist()])
         missing = 1 - dictionary.known(ids).float().mean().item()
@@ -93,21 +115,22 @@ def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -
                 f"multi_sense: {missing:.0%} of the texts' tokens have no sense in {recipe.senses}, expected few. Little would "
                 "be replaced, and less learned. Build one from texts of this kind: leave --senses out."
             )
-        return dictionary, recipe.senses
-    states = cache_folder(recipe.cache_dir, teacher)
-    states = states.with_name(f"{states.name}-states")
-    dictionary = build_senses(teacher, texts.all(), states, recipe.k, recipe.cap, args.seed, recipe.teacher_batch_size)
-    dictionary.facts["select"] = recipe.select
-    folder = Path(args.output_dir)
-    folder = folder.with_name(f"{folder.name}-senses")
+        if not Path(recipe.senses).is_dir():
+            return dictionary, recipe.senses
+        if not args.push_to_hub:
+            return dictionary, os.path.relpath(recipe.senses, args.output_dir)
+    else:
+        states = cache_folder(recipe.cache_dir, teacher)
+        states = states.with_name(f"{states.name}-states")
+        dictionary = build_senses(teacher, texts.all(), states, recipe.k, recipe.cap, args.seed, recipe.teacher_batch_size)
+        dictionary.facts |= {"select": recipe.select, "license": recipe.license}
     if args.process_index == 0:
         dictionary.save_pretrained(folder)
-    if not args.push_to_hub:
-        return dictionary, f"../{folder.name}"
-    name = f"{args.hub_model_id or Path(args.output_dir).name}-senses"
-    if args.process_index == 0:
-        name = dictionary.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
-    return dictionary, broadcast_object_list([name])[0]
+        if args.push_to_hub:
+            owner = f"{Path(args.hub_model_id).parent}/" if args.hub_model_id and "/" in args.hub_model_id else ""
+            dictionary.push_to_hub(f"{owner}{beside}", private=args.hub_private_repo, token=args.hub_token)
+    process_state().wait_for_everyone()
+    return dictionary, f"../{beside}"
 
 
 def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary, texts: Any) -> Any:
@@ -137,10 +160,25 @@ def student_states(student: MultiSenseStudent, replace: bool) -> States:
     return states
 
 
-def dictionary_facts(recipe: Any, source: SenseTeacher, texts: list[str]) -> dict[str, Any]:
-    """Return what the dictionary costs and covers; how similar words are by their senses, and by one centroid each."""
+@torch.no_grad()
+def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> float:
+    """Return the share of the texts' tokens that have senses for which the student chooses the teacher's, in [0, 1]."""
+    right = total = 0
+    for start in range(0, len(texts), 32):
+        batch = texts[start : start + 32]
+        states, ids, mask = source.teacher.read(batch)
+        _, wanted = source.dictionary.lookup(states, ids, mask, source.select)
+        found = student.eval()(ids.to(student.device), mask.to(student.device)).sense_scores.argmax(-1).to(wanted.device)
+        right += int((found == wanted)[wanted >= 0].sum())
+        total += int((wanted >= 0).sum())
+    return right / max(1, total)
+
+
+def dictionary_facts(recipe: Any, source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> dict[str, Any]:
+    """Return what the dictionary costs and covers, how often the student chooses as the teacher, and how similar words are."""
     dictionary = source.dictionary
     facts: dict[str, Any] = {"dictionary": {**dictionary.facts, **statistics(dictionary, texts)}}
+    facts["dictionary"]["sense_accuracy"] = 100 * sense_accuracy(source, student, texts)
     if EMBEDDED in recipe.texts:
         facts["dictionary"] |= sense_purity(source, gcide_contexts())
     if recipe.words:

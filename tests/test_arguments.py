@@ -34,7 +34,7 @@ def test_defaults_differ_from_the_hosts_as_documented(tmp_path):
     assert args.remove_unused_columns is False
     assert args.per_device_train_batch_size == 64
     assert (args.learning_rate, args.warmup_steps, args.logging_steps, args.save_total_limit) == (3e-4, 0.05, 50, 2)
-    assert args.label_names == ["targets"]
+    assert args.label_names == ["texts"]
     assert args.text_columns is None
     assert args.get_warmup_steps(1000) == 50
 

@@ -56,6 +56,10 @@ def run(folder, monkeypatch):
     return start
 
 
+def log_accuracy(results):
+    return [line["sense_accuracy"] for line in results["log_history"] if "sense_accuracy" in line][-1]
+
+
 def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run, folder):
     tests = f"--wic {folder / 'wic'} --classification {folder / 'classes'} --words {folder / 'words.tsv'}".split()
     results = run(*tests)
@@ -69,6 +73,7 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     facts = results["dictionary"]
     assert (facts["k"], facts["select"], facts["layer"]) == (3, "dot", -1)
     assert facts["without_sense"] == 0
+    assert 100 * log_accuracy(results) - 15 < facts["sense_accuracy"] < 100
     assert facts["mb"] * 1e6 < (folder / "out-senses" / "senses.safetensors").stat().st_size < facts["mb"] * 1e6 + 5000
     assert set(results["words"]) == {"senses", "one centroid"}
     assert results["words"]["senses"]["words_known"] == 100
@@ -76,7 +81,7 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert log[-1]["sense_accuracy"] > log[0]["sense_accuracy"] + 0.1
     card = (folder / "out" / "README.md").read_text()
     assert "Multi-Sense Embeddings for Language Models" in card
-    assert "replaced by senses of the dictionary `../out-senses`" in card
+    assert "replaced by senses of the dictionary `out-senses`, a repository beside this one, before" in card
     assert 'the row "student, without senses"' in card
     check_layout(folder / "out")
     # Moved together, student and dictionary find each other; alone, the student says what it lacks.
@@ -100,6 +105,7 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
     known = SenseDictionary.from_pretrained(folder / "first-senses")
     few = SenseDictionary(known.senses[:0], known.offsets * 0, known.counts[:0], known.facts, known.tokenizer)
     few.save_pretrained(folder / "few")
+    assert student.settings["senses"]["name"] == "../first-senses"
     with pytest.raises(ValueError, match="100% of the texts' tokens have no sense"):
         run("--senses", str(folder / "few"), output="third")
 
@@ -116,13 +122,34 @@ def test_other_losses(run, flags, parts):
     assert {key for line in log for key in line if key.startswith("loss_")} == parts
 
 
+def test_killed_in_training_the_same_command_goes_on(run, folder, monkeypatch):
+    whole = run("--save_strategy", "epoch", output="whole")
+    save, saved = MultiSenseStudent.save_pretrained, []
+
+    def dying(self, place, *args, **kwargs):
+        save(self, place, *args, **kwargs)
+        saved.append(Path(place).name)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiSenseStudent, "save_pretrained", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run("--save_strategy", "epoch")
+    assert saved[-1].startswith("checkpoint-")
+    again = run("--save_strategy", "epoch")
+    assert any("training since step" in name for name in again["timings_s"])
+    assert again["rows"]["student"] == whole["rows"]["student"]
+    assert again["dictionary"]["sense_accuracy"] == whole["dictionary"]["sense_accuracy"]
+
+
 def test_wrong_input_is_refused_before_the_work(run, folder):
     other = make_backbone(folder / "other", vocab_size=40)
     tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="teacher and student differ at token 6: 'cat' and 'dog'"):
+    with pytest.raises(ValueError, match="number tokens differently: 'cat' and 'dog' at 6"):
         run("--backbone", other)
     with pytest.raises(FileNotFoundError, match=r"no file \*-dev\.\*"):
         run("--classification", str(folder / "classes"), "--split", "dev", output="b")
@@ -130,6 +157,8 @@ def test_wrong_input_is_refused_before_the_work(run, folder):
         run("--select", "best", output="c")
     with pytest.raises(ValueError, match="k is 0"):
         run("--k", "0", output="d")
+    with pytest.raises(ValueError, match=r"\['freeze_embeddings', 'teacher'\] are given"):
+        run("--freeze_embeddings", "true", "--teacher", other, other, output="f")
     narrow = make_backbone(folder / "narrow", hidden_size=8)
     with pytest.raises(ValueError, match="states have 8 dimensions, the senses 16"):
         run("--backbone", narrow, output="e")

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -7,12 +8,13 @@ import torch
 from conftest import make_backbone, make_texts, write_random
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments, StudentModel, TeacherCache
 from hf_distill.layout import check_layout
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
-from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.multi_sense import MultiSenseStudent, _find
 from hf_distill.sense_builder import _cluster, build_senses, markov_clusters, markov_senses
 from hf_distill.senses import SenseDictionary
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
@@ -91,7 +93,7 @@ def test_the_sample_depends_on_neither_order_nor_repetition_and_is_the_smallest_
 
 
 def test_killed_half_way_it_goes_on_after_whole_blocks(teacher, texts, dictionary, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_distill.sense_builder._BLOCK", 50)
+    monkeypatch.setattr("hf_distill.sense_builder._NUMBERS", 50 * teacher.dim)
     calls = []
 
     class Dying(TokenTeacher):
@@ -116,6 +118,39 @@ def test_killed_half_way_it_goes_on_after_whole_blocks(teacher, texts, dictionar
     assert torch.allclose(found.senses, dictionary.senses, atol=1e-4)
 
 
+def test_what_a_block_keeps_depends_on_those_before_it(teacher, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.sense_builder._NUMBERS", 100 * teacher.dim)
+    build_senses(teacher, texts, tmp_path / "a", k=4, cap=10)
+    other = make_texts(100, seed=9, longest=4) + texts[100:]
+    found = build_senses(teacher, other, tmp_path / "a", k=4, cap=10)
+    fresh = build_senses(teacher, other, tmp_path / "b", k=4, cap=10)
+    assert torch.equal(found.counts, fresh.counts)
+    assert torch.equal(found.senses, fresh.senses)
+    assert len(list((tmp_path / "a").glob("states-*.safetensors"))) == 4
+
+
+def test_asked_again_it_neither_reads_nor_clusters(teacher, texts, dictionary, tmp_path, monkeypatch):
+    first = build_senses(teacher, texts, tmp_path, k=4, cap=40)
+    monkeypatch.setattr(TokenTeacher, "read", None)
+    monkeypatch.setattr("hf_distill.sense_builder._cluster", None)
+    assert build_senses(teacher, texts, tmp_path, k=4, cap=40).digest == first.digest == dictionary.digest
+    with pytest.raises(TypeError, match="not callable"):
+        build_senses(teacher, texts, tmp_path, k=5, cap=40)
+
+
+def test_a_layer_beyond_float16_is_refused_at_once(teacher, texts, tmp_path):
+    class Large(TokenTeacher):
+        def __init__(self):
+            self.__dict__.update(teacher.__dict__)
+
+        def states(self, batch):
+            states, mask = teacher.states(batch)
+            return 1e6 * states, mask
+
+    with pytest.raises(ValueError, match="is not finite in float16"):
+        build_senses(Large(), texts, tmp_path)
+
+
 def test_it_is_a_repository_of_its_own(dictionary, tmp_path):
     dictionary.save_pretrained(tmp_path)
     again = SenseDictionary.from_pretrained(tmp_path)
@@ -123,7 +158,6 @@ def test_it_is_a_repository_of_its_own(dictionary, tmp_path):
     assert torch.equal(again.offsets, dictionary.offsets)
     assert torch.equal(again.counts, dictionary.counts)
     assert torch.equal(again.senses, dictionary.senses)
-    assert not list(dictionary.state_dict())
     tensors = load_file(tmp_path / "senses.safetensors")
     save_file(tensors, tmp_path / "senses.safetensors")
     with pytest.raises(ValueError, match="facts None, expected"):
@@ -268,7 +302,7 @@ def test_a_student_learns_the_teachers_senses_and_opens_everywhere(train, studen
     assert log[-1]["loss"] == pytest.approx(log[-1]["loss_sense"], abs=1e-3)  # the accuracy is not summed
     assert trainer.evaluate()["eval_loss"] < log[0]["loss"]
     assert torch.equal(dictionary.senses, before)
-    assert not dictionary.senses.requires_grad
+    assert not any("senses" in name for name in student.state_dict())
     trainer.save_model()
     found = check_layout(tmp_path / "out", ("a cat sat", "the old house " * 40))
     assert found["AutoModel(trust_remote_code=True)"] > 0.99999
@@ -286,10 +320,12 @@ def test_a_student_learns_the_teachers_senses_and_opens_everywhere(train, studen
 def test_a_live_teacher_gives_more_beside_the_senses(train, teacher, dictionary):
     live = SenseTeacher(teacher, dictionary, beside=("sense_scores", "states"))
     loss = WeightedLoss([SenseLoss(soft=True), StateLoss()], {"state": 0.5})
-    log = [line for line in train(live, loss).state.log_history if "loss_state" in line]
+    trainer = train(live, loss)
+    log = [line for line in trainer.state.log_history if "loss_state" in line]
     assert {"loss_sense", "loss_state", "sense_accuracy"} <= log[-1].keys()
     assert log[-1]["loss_state"] < log[0]["loss_state"]
     assert log[-1]["loss_sense"] < log[0]["loss_sense"]
+    assert trainer.evaluate()["eval_loss"] < log[0]["loss"]
 
 
 def test_states_alone_are_learned_from_a_teacher_of_tokens(train, teacher):
@@ -312,12 +348,51 @@ def test_students_that_do_not_fit_the_dictionary_are_refused(dictionary, backbon
     wide = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=8)
     with pytest.raises(ValueError, match="have 8 dimensions, the senses 16"):
         wide.attach(dictionary, tmp_path)
+    with pytest.raises(ValueError, match="reads 20 tokens, the teacher 40, .* Make both with max_length=20"):
+        MultiSenseStudent.from_backbone(backbone_folder, max_length=20).attach(dictionary, tmp_path)
     with pytest.raises(ValueError, match="activation is 'tanh'"):
         MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16, activation="tanh")
     other = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=16)
     other.tokenizer.add_tokens(["zebra"])
-    with pytest.raises(ValueError, match="differ at token 28: None and 'zebra'"):
+    bare = MultiSenseStudent.from_backbone(backbone_folder)
+    bare.tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A")
+    with pytest.raises(ValueError, match=r"differently: \['<s>'\] and \['<unk>'\] at place 0"):
+        bare.attach(dictionary, tmp_path)
+    with pytest.raises(ValueError, match="number tokens differently: None and 'zebra' at 28"):
         other.attach(dictionary, tmp_path)
+
+
+def test_another_dictionary_in_its_place_is_refused(student, teacher, dictionary, texts, tmp_path):
+    student.save_pretrained(tmp_path / "student")
+    build_senses(teacher, texts, tmp_path / "states", k=2).save_pretrained(tmp_path / "dictionary")
+    with pytest.raises(ValueError, match=f"expected {dictionary.digest}, that of the training"):
+        MultiSenseStudent.from_pretrained(tmp_path / "student")
+
+
+def test_a_name_is_found_beside_the_student_in_folders_and_on_the_hub(tmp_path):
+    for folder in ("out/checkpoint-3", "senses"):
+        (tmp_path / folder).mkdir(parents=True)
+    beside = tmp_path / "out" / ".." / "senses"
+    assert _find(tmp_path / "out", "../senses") == str(beside)
+    assert _find(str(tmp_path / "out" / "checkpoint-3"), "../senses") == str(beside)
+    assert _find("someone/student", "../senses") == "someone/senses"
+    assert _find("someone/student", "other/senses") == _find(tmp_path / "out", "other/senses") == "other/senses"
+
+
+def test_places_count_from_the_first_token_whatever_the_tokenizer_pads(backbone_folder, dictionary, tmp_path):
+    source = shutil.copytree(backbone_folder, tmp_path / "left")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(source).padding_side == "left"
+    teacher, student = TokenTeacher(source, dtype="float32"), MultiSenseStudent.from_backbone(str(source), dropout=0.0)
+    dictionary.save_pretrained(tmp_path / "senses")
+    student.attach(dictionary, "../senses")
+    student.save_pretrained(tmp_path / "student")
+    texts = ["a cat", "a cat sat on the mat"]
+    states, mask = teacher.states(texts)
+    for model in (student, MultiSenseStudent.from_pretrained(tmp_path / "student")):
+        found = model.eval()(**model.tokenizer(texts, padding=True, return_tensors="pt")).states
+        assert torch.allclose(found[mask.bool()], states[mask.bool()], atol=1e-5)
 
 
 def test_progress_is_said(teacher, texts, tmp_path, caplog):

@@ -212,7 +212,7 @@ def senses():
     from hf_distill.token_teacher import TokenTeacher
 
     state = PartialState(cpu=True)
-    sense_builder._BLOCK = 50
+    sense_builder._NUMBERS = 50 * 16
     teacher = TokenTeacher(str(FOLDER / "backbone"), dtype="float32")
     read = teacher.states
     texts_read = 0

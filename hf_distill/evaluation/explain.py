@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..token_teacher import SenseTeacher
 from .report import pyplot, table
+from .word_sense import word_tokens
 
 
 _BATCH = 256  # texts that are looked through at a time
@@ -98,7 +99,7 @@ def explain(
     Raises:
         ValueError: If the word is several tokens, or has no sense, or the teacher is another than the dictionary's.
     """
-    tokens = dictionary.tokenizer(word, add_special_tokens=False)["input_ids"]
+    tokens = word_tokens(dictionary, word)
     names = dictionary.tokenizer.convert_ids_to_tokens(tokens)
     if len(tokens) != 1 or not len(dictionary.of(tokens[0])):
         raise ValueError(
@@ -146,13 +147,13 @@ def _occurrences(token: int, source: SenseTeacher, texts: Iterable[str], most: i
         holding = [text for text, ids in zip(block, source.teacher.tokens(block), strict=True) if token in ids]
         for start in range(0, len(holding), 32):
             batch = holding[start : start + 32]
-            found, ids, mask = source.read(batch)
+            found, ids, mask = source.teacher.read(batch)
             _, senses = source.dictionary.lookup(found, ids, mask, source.select)
             options = {"truncation": True, "max_length": source.teacher.max_length, "return_offsets_mapping": True}
             spans = source.teacher.tokenizer(batch, **options)["offset_mapping"]
             for row, place in torch.nonzero((ids == token) & mask.bool()).tolist():
                 text, (first, last) = batch[row], spans[row][place]
-                states.append(found[row, place].numpy())
+                states.append(found[row, place].cpu().numpy())
                 chosen.append(int(senses[row, place]))
                 before, after = text[max(0, first - _WINDOW) : first], text[last : last + _WINDOW]
                 shown.append(f"{before}[{text[first:last]}]{after}")

@@ -104,6 +104,10 @@ class RunReport:
         write_results(folder, results)
         draw_plots(folder, results)
         trainer.create_model_card()
+        opened = ["from sentence_transformers import SentenceTransformer", f'model = SentenceTransformer("{folder}")']
+        if "senses" in trainer.student.settings:  # sentence-transformers would not replace states
+            opened = ["from hf_distill.multi_sense import MultiSenseStudent"]
+            opened.append(f'model = MultiSenseStudent.from_pretrained("{folder}")')
         minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.timings_s.items())
         return "\n".join(
             [
@@ -114,8 +118,7 @@ class RunReport:
                 "",
                 f"{minutes}. All of it, with the card and the plots, lies in {folder}.",
                 "",
-                "from sentence_transformers import SentenceTransformer",
-                f'model = SentenceTransformer("{folder}")',
+                *opened,
                 'model.encode(["A text."])',
             ]
         )

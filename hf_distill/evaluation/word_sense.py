@@ -226,6 +226,16 @@ def _file(folder: Path, stem: str) -> Path:
     return found[0]
 
 
+def word_tokens(dictionary: Any, word: str) -> list[int]:
+    """Return the tokens of a word inside a text: many tokenizers have others for one at its beginning, and rarely saw those."""
+    forms = [dictionary.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]
+
+    def seen(tokens: list[int]) -> int:
+        return min(int(dictionary.counts[dictionary.offsets[i] : dictionary.offsets[i + 1]].sum()) for i in tokens)
+
+    return max(filter(None, forms), key=lambda tokens: (-len(tokens), seen(tokens)))
+
+
 def sense_vectors(dictionary: Any, single: bool = False) -> Callable[[str], np.ndarray]:
     """Return a function: word -> its senses [k, D] by a `SenseDictionary`; of a word of several tokens, one, their mean.
 
@@ -240,8 +250,8 @@ def sense_vectors(dictionary: Any, single: bool = False) -> Callable[[str], np.n
         return np.average(dictionary.senses[first:last].double().cpu().numpy(), axis=0, weights=weights)
 
     def senses(word: str) -> np.ndarray:
-        tokens = dictionary.tokenizer(word, add_special_tokens=False)["input_ids"]
-        if not tokens or any(not len(dictionary.of(token)) for token in tokens):
+        tokens = word_tokens(dictionary, word)
+        if any(not len(dictionary.of(token)) for token in tokens):
             return np.empty((0, dictionary.dim))
         if len(tokens) > 1 or single:
             return np.mean([mean(token) for token in tokens], axis=0)[None]
@@ -266,13 +276,12 @@ def sense_purity(source: Any, contexts: Sequence[tuple[str, str, Any]], draws: i
     Returns:
         purity, purity_by_chance, contexts (how many counted); nothing if none does.
     """
-    vocabulary = source.teacher.tokenizer
-    tokens = {word: vocabulary(word, add_special_tokens=False)["input_ids"] for word, _, _ in contexts}
+    tokens = {word: word_tokens(source.dictionary, word) for word, _, _ in contexts}
     rows = [row for row in contexts if len(tokens[row[0]]) == 1]
     found: dict[str, list[tuple[int, Any]]] = {}
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
-        states, ids, mask = source.read([text for _, text, _ in batch])
+        states, ids, mask = source.teacher.read([text for _, text, _ in batch])
         _, chosen = source.dictionary.lookup(states, ids, mask, source.select)
         for place, (word, _, definition) in enumerate(batch):
             own = (ids[place] == tokens[word][0]) & (chosen[place] >= 0)

@@ -19,8 +19,8 @@ class SenseLoss(DistillationLoss):
 
     Args:
         temperature: What the student's scores are divided by, and the teacher's, if soft.
-        soft: Compare with the softmax of the teacher's scores (`SenseTeacher(gives=("scores",))`), in place of its choice;
-            the teacher's entropy is subtracted, so the part is zero where both agree.
+        soft: Compare with the softmax of the teacher's scores (`SenseTeacher(..., beside=["sense_scores"])`), in place of its
+            choice; the teacher's entropy is subtracted, so the part is zero where both agree.
 
     Raises:
         ValueError: If the temperature is not positive.
@@ -63,7 +63,8 @@ class SenseLoss(DistillationLoss):
         known = chosen >= 0
         ours = student[:, :, : chosen.shape[2]][known] / self.temperature  # [M, K]
         chosen = chosen[known]
-        if ours.numel() and not torch.isfinite(ours.detach().gather(1, chosen[:, None])).all():
+        fits = ours.detach().gather(1, chosen[:, None].clamp(max=student.shape[-1] - 1))
+        if ours.numel() and not (torch.isfinite(fits).all() and chosen.max() < student.shape[-1]):
             raise ValueError(
                 "SenseLoss: the teacher has a sense for a token that the student has no score for, expected the same tokens "
                 "at the same places. It would learn the senses of other words. Use one tokenizer, dictionary and max_length."

@@ -20,6 +20,7 @@ from hf_distill.evaluation.word_sense import (
     word_place,
     word_similarity,
     word_states,
+    word_tokens,
 )
 from hf_distill.sense_builder import build_senses
 from hf_distill.senses import SenseDictionary
@@ -142,6 +143,20 @@ def test_classes_are_found_from_few_labels_and_from_all(tmp_path):
         ClassificationEvaluator(tmp_path, "other")
 
 
+def test_a_word_has_the_tokens_that_it_has_inside_a_text():
+    class Pieces:
+        """Knows a word behind a space as one token, and at the beginning of a text as two, or as a rare one."""
+
+        all_special_ids = ()
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": {" cat": [3], "cat": [0, 1], " dog": [4], "dog": [2], " fox": [0, 1], "fox": [2]}[text]}
+
+    counts = torch.tensor([5, 5, 1, 7, 9])
+    known = SenseDictionary(torch.ones(5, 2), torch.arange(6), counts, {}, Pieces())
+    assert [word_tokens(known, word) for word in ("cat", "dog", "fox")] == [[3], [4], [2]]
+
+
 def test_statistics_count(dictionary):
     found = statistics(dictionary, ["cat dog sky", "mat"])
     assert found == {"mb": (12 * 2 + 8 * (len(dictionary.offsets) + 6)) / 1e6, "tokens": 3, "senses": 6, "without_sense": 25.0}
@@ -201,7 +216,7 @@ def test_a_word_is_explained_by_its_contexts_and_neighbours(made, tmp_path):
             closest = min(np.linalg.norm(own - sense, axis=1))
             text = row["contexts"][0].replace("[cat]", "cat")
             whole = next(candidate for candidate in texts if text in candidate)
-            states, ids, _ = source.read([whole])
+            states, ids, _ = source.teacher.read([whole])
             distances = (states[0][ids[0] == token] - torch.from_numpy(sense)).norm(dim=1)
             assert distances.min().item() == pytest.approx(closest, abs=1e-4)
         cosines = torch.cosine_similarity(dictionary.senses, dictionary.of(token)[row["sense"]][None])
