@@ -229,7 +229,7 @@ def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | 
     if collections.test:
         found.append(("test", collections.test))
     if collections.test and process_state().is_main_process:
-        line = {"time": time.strftime("%F %T"), "collection": str(recipe.collection), "command": command(sys.argv)}
+        line = {"time": time.strftime("%F %T"), "collection": recipe.texts_name, "command": command(sys.argv)}
         Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")

@@ -296,8 +296,10 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
     if len(steps) > 1:
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         for part in sorted({key for line in steps for key in line if key.startswith("loss_")}):
-            axes.plot([line["step"] for line in steps], [line[part] for line in steps], label=part.removeprefix("loss_"))
-        axes.set(xlabel="step", ylabel="loss (mean over batch and dimensions)", yscale="log", title="Training loss")
+            values = [line[part] for line in steps]
+            if max(values) > 1e-6:  # what is zero by its definition, but for rounding, would set the scale
+                axes.plot([line["step"] for line in steps], values, label=part.removeprefix("loss_"))
+        axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training loss")
         axes.legend(title="part")
         axes.grid(alpha=0.3)
         figure.savefig(folder / "training.png", dpi=120)
@@ -349,14 +351,21 @@ def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> 
 def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Draw quality over memory and over the latency of one query, a colour a space."""
     plt = pyplot()
+    from matplotlib import ticker
+
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
         spaces = list(dict.fromkeys(name.split(", ")[0] for name in rows))
-        for name, row in rows.items():
+        for number, (name, row) in enumerate(rows.items()):
             space, kind = name.split(", ", 1)
+            up = 3 if number % 2 else -9  # neighbours in the list often lie side by side
             axes.plot(row[key], row["recall"], "o", color=f"C{spaces.index(space)}", label=space if kind == "flat" else None)
-            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, 3), fontsize="x-small")
+            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, up), fontsize="x-small")
         axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(x=0.15)  # room for the labels
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="recall@10 × 100")
     panels[1].legend(fontsize="small")
