@@ -4,7 +4,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+
+
+_BLOCK = 256  # queries that are compared with all documents at a time
 
 
 def mine_negatives(
@@ -50,16 +54,21 @@ def mine_negatives(
     queries, documents = (nn.functional.normalize(side.float(), dim=-1).numpy() for side in (queries, documents))
     depth = min(len(documents), max(depth, 4 * count) + most)
     scores, found = faiss.knn(queries, documents, depth, faiss.METRIC_INNER_PRODUCT)
-    chosen = np.empty((len(queries), count), np.int64)
+    chosen, deeper = np.empty((len(queries), count), np.int64), []
+    bounds = [float((documents[list(rows)] @ query).max()) - margin for query, rows in zip(queries, relevant, strict=True)]
     for row, answers in enumerate(relevant):
-        best = float((documents[list(answers)] @ queries[row]).max())
-        other = ~np.isin(found[row], answers)
-        pool = found[row][other & (scores[row] <= best - margin)]
-        if len(pool) < count:  # all that are close are too close: further down, then
-            cosines = documents @ queries[row]
-            cosines[list(answers)] = -np.inf
-            order = np.argsort(-cosines, kind="stable")[: len(documents) - len(answers)]
-            below = order[cosines[order] <= best - margin][:count]
-            pool = below if len(below) == count else order[-max(count, len(below)) :]
-        chosen[row] = rng.choice(pool, count, replace=False)
+        pool = found[row][~np.isin(found[row], answers) & (scores[row] <= bounds[row])]
+        if len(pool) < count:  # all that are close are too close
+            deeper.append(row)
+        else:
+            chosen[row] = rng.choice(pool, count, replace=False)
+    for start in range(0, len(deeper), _BLOCK):
+        rows = deeper[start : start + _BLOCK]
+        cosines = torch.from_numpy(queries[rows] @ documents.T)
+        for cosine, row in zip(cosines, rows, strict=True):
+            cosine[list(relevant[row])] = torch.nan
+        below = cosines <= torch.tensor([bounds[row] for row in rows])[:, None]
+        closest = cosines.where(below, -torch.inf).topk(count).indices
+        farthest = cosines.nan_to_num(torch.inf).topk(count, largest=False).indices
+        chosen[rows] = torch.where(below.sum(1, keepdim=True) >= count, closest, farthest).numpy()
     return chosen
