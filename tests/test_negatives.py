@@ -45,6 +45,18 @@ def test_where_all_near_ones_are_too_close_those_further_down_are_taken():
     assert set(nothing_below[0]) <= {0, 1, 3, 4}
 
 
+def test_further_down_they_are_the_nearest_below_the_margin(monkeypatch):
+    monkeypatch.setattr("hf_distill.negatives._BLOCK", 7)
+    torch.manual_seed(0)
+    queries, documents = (functional.normalize(torch.randn(n, 6), dim=-1) for n in (40, 300))
+    cosines = queries @ documents.T
+    answers = [[int(row.argsort(descending=True)[150 + i])] for i, row in enumerate(cosines)]  # all near ones are above them
+    found = mine_negatives(queries, documents, answers, count=3, depth=10, margin=0.05)
+    for row, (answer,), chosen in zip(cosines, answers, found.tolist(), strict=True):
+        below = [i for i in row.argsort(descending=True).tolist() if row[i] <= row[answer] - 0.05]
+        assert sorted(chosen) == sorted(below[:3])
+
+
 @pytest.mark.parametrize(
     ("relevant", "count"), [([[1], []], 1), ([[1]], 1), ([[1], [2]], 36)], ids=["none", "fewer", "too small"]
 )
