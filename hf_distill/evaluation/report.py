@@ -105,7 +105,7 @@ class RunReport:
         draw_plots(folder, results)
         trainer.create_model_card()
         opened = ["from sentence_transformers import SentenceTransformer", f'model = SentenceTransformer("{folder}")']
-        if "senses" in trainer.student.settings:  # sentence-transformers would not replace states
+        if "senses" in results["student"]:  # sentence-transformers would not replace states
             opened = ["from hf_distill.multi_sense import MultiSenseStudent"]
             opened.append(f'model = MultiSenseStudent.from_pretrained("{folder}")')
         minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.timings_s.items())
