@@ -313,7 +313,7 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
             seed=11,
         ),
         is_world_process_zero=lambda: True,
-        run_facts={"teacher": "the teacher"},
+        run_facts={"teacher": "the teacher", "student": {"pooling": "mean"}},
         resumed_at=0,
         state=SimpleNamespace(global_step=10, epoch=0.98765, log_history=RESULTS["log_history"]),
         create_model_card=lambda: cards.append(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))),
