@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .student import encode_sorted, load_safe, longest_input, pool
-from .teachers import Teacher, fetch, tokenizer_digest, weights_digest
+from .teachers import Teacher, fetch, fingerprint
 
 
 _BETWEEN = "\x1f"  # ASCII's unit separator: in no text that a person wrote
@@ -105,14 +105,8 @@ class CrossEncoderTeacher(Teacher):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes a score: a digest of weights and tokenizer, and each setting."""
         if self._fingerprint is None:
-            self._fingerprint = {
-                "weights": weights_digest([self.model.state_dict()]),
-                "tokenizer": tokenizer_digest(self.tokenizer),
-                "label": self.label,
-                **({"pooled": True} if self.pooled else {}),
-                "max_length": self.max_length,
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
+            settings = {"label": self.label, **({"pooled": True} if self.pooled else {})}
+            self._fingerprint = fingerprint(self, [self.model.state_dict()], **settings)
         return self._fingerprint
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 """Sense dictionaries made from any text: one pass of the teacher, a fair sample of each token's states, k-means."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -57,16 +58,30 @@ def build_senses(
         ImportError: If faiss is not installed.
         ValueError: If k or cap is not positive, there is no text, or a state does not fit float16.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("Sense dictionaries need faiss. Install it with: pip install 'hf_distill[retrieval]'") from error
+    if importlib.util.find_spec("faiss") is None:
+        raise ImportError("Sense dictionaries need faiss. Install it with: pip install 'hf_distill[retrieval]'")
     if (isinstance(k, int) and k < 1) or cap < 1:
         raise ValueError(f"build_senses: k is {k}, cap {cap}, expected 1 or more. A token without senses can't be replaced.")
-    folder, state = Path(folder), process_state()
+    folder, size = Path(folder), len(teacher.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    size = len(teacher.tokenizer)
-    sample = _Sample(size, cap)
+    paths, count, digest = _keep_states(teacher, texts, folder, cap, batch_size)
+    taken = _merge(paths, size, cap)
+    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
+    ids, senses, counts = _keep_senses(paths, taken, folder / f"senses-{_digest(digest, rule, seed)}", k, seed)
+    order = np.argsort(ids, kind="stable")
+    offsets = np.searchsorted(ids[order], np.arange(size + 1))
+    facts = {"teacher": teacher.name, "revision": teacher.revision, "fingerprint": teacher.fingerprint, "layer": teacher.layer}
+    facts |= {**rule, "cap": cap, "seed": seed, "texts": count, "occurrences": len(taken)}
+    # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
+    tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
+    return SenseDictionary(*tensors, facts, teacher.tokenizer)
+
+
+def _keep_states(
+    teacher: TokenTeacher, texts: Iterable[str], folder: Path, cap: int, batch_size: int
+) -> tuple[list[Path], int, str]:
+    """Return (the files of states, a block of texts each; how many texts; a digest of all that they depend on)."""
+    sample, state = _Sample(len(teacher.tokenizer), cap), process_state()
     paths, count, digest = [], 0, _digest(teacher.fingerprint, cap, batch_size)
     for number, block in enumerate(_blocks(texts, max(1, _NUMBERS // teacher.dim))):
         count += len(block)
@@ -82,30 +97,27 @@ def build_senses(
     if not paths:
         raise ValueError("build_senses: there are no texts, expected some. No token would have a sense.")
     state.wait_for_everyone()
-    whole = _merge(paths, size, cap)
-    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
-    made = f"senses-{_digest(digest, rule, seed)}"
-    part = folder / f"{made}-{state.process_index}-of-{state.num_processes}.safetensors"
-    if not part.exists():
-        own = {"ids": [], "senses": [], "counts": []}
-        for token, vectors in _by_token(paths, whole, state.process_index, state.num_processes):
-            centroids, counts = _cluster(vectors, k, seed, faiss)
+    return paths, count, digest
+
+
+def _keep_senses(paths: list[Path], taken: np.ndarray, made: Path, k: int | Rule, seed: int) -> list[np.ndarray]:
+    """Return [token of each sense [S], senses [S, D], counts [S]], in no order; each process clusters its share of tokens."""
+    state = process_state()
+    files = [Path(f"{made}-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
+    if not files[state.process_index].exists():
+        width = read_tensor(paths[0], "states").shape[1]
+        empty = {"ids": np.empty(0, int), "senses": np.empty((0, width), np.float32), "counts": np.empty(0, int)}
+        own = {name: [values] for name, values in empty.items()}
+        for token, vectors in _by_token(paths, taken, state.process_index, state.num_processes):
+            centroids, counts = _cluster(vectors, k, seed)
             own["ids"].append(np.full(len(centroids), token))
             own["senses"].append(centroids)
             own["counts"].append(counts)
-        empty = {"ids": np.empty(0, int), "senses": np.empty((0, teacher.dim), np.float32), "counts": np.empty(0, int)}
-        write_whole(part, save({name: np.concatenate([empty[name], *values]) for name, values in own.items()}))
+        write_whole(files[state.process_index], save({name: np.concatenate(values) for name, values in own.items()}))
     state.wait_for_everyone()
-    parts = [load_file(folder / f"{made}-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
-    ids, senses, counts = (np.concatenate([part[name] for part in parts]) for name in ("ids", "senses", "counts"))
-    order = np.argsort(ids, kind="stable")
-    offsets = np.searchsorted(ids[order], np.arange(size + 1))
-    facts = {"teacher": teacher.name, "revision": teacher.revision, "fingerprint": teacher.fingerprint, "layer": teacher.layer}
-    facts |= {**rule, "cap": cap, "seed": seed, "texts": count, "occurrences": len(whole)}
+    parts = [load_file(file) for file in files]
     state.wait_for_everyone()
-    # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
-    tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
-    return SenseDictionary(*tensors, facts, teacher.tokenizer)
+    return [np.concatenate([part[name] for part in parts]) for name in ("ids", "senses", "counts")]
 
 
 class _Sample:
@@ -218,8 +230,10 @@ def _by_token(paths: list[Path], whole: np.ndarray, rank: int, world: int) -> It
         first = last
 
 
-def _cluster(vectors: np.ndarray, k: int | Rule, seed: int, faiss: Any) -> tuple[np.ndarray, np.ndarray]:
+def _cluster(vectors: np.ndarray, k: int | Rule, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (centroids [k, D], how many states are closest to each); of no more distinct states than k, these themselves."""
+    import faiss
+
     wanted = k if isinstance(k, int) else max(1, int(k(vectors)))
     distinct, counts = np.unique(vectors, axis=0, return_counts=True)
     if len(distinct) <= wanted:

@@ -363,17 +363,10 @@ class EncoderTeacher(Teacher):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes a target: a digest of weights and tokenizer, and each setting."""
         if self._fingerprint is None:
-            self._fingerprint = {
-                "weights": weights_digest([self._backbone_state(), *(head.state_dict() for head in self.heads)]),
-                "tokenizer": tokenizer_digest(self.tokenizer),
-                "prompt": self.prompt,
-                "pooling": self.pooling,
-                "heads": [str(head[1]) for head in self.heads],
-                "normalize": self.normalize,
-                "lower": self.lower,
-                "max_length": self.max_length,
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
+            states = [self._backbone_state(), *(head.state_dict() for head in self.heads)]
+            heads = [str(head[1]) for head in self.heads]
+            settings = {"prompt": self.prompt, "pooling": self.pooling, "heads": heads, "normalize": self.normalize}
+            self._fingerprint = fingerprint(self, states, **settings, lower=self.lower)
         return self._fingerprint
 
     def _backbone_state(self) -> Mapping[str, Tensor]:
@@ -435,6 +428,18 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> 
             "Check the spelling, log in (`hf auth login`) if it is private, and without network (or with "
             f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}`. ({type(error).__name__}: {error})"
         ) from error
+
+
+def fingerprint(teacher: Any, states: Iterable[Mapping[str, Tensor]], **settings: Any) -> dict[str, Any]:
+    """Return what changes the targets of a model with a tokenizer: a digest of both, and each setting.
+
+    Args:
+        teacher: With `tokenizer`, `max_length` and `dtype`.
+        states: Its weights.
+        **settings: What else it was told.
+    """
+    digests = {"weights": weights_digest(states), "tokenizer": tokenizer_digest(teacher.tokenizer)}
+    return {**digests, **settings, "max_length": teacher.max_length, "dtype": str(teacher.dtype).removeprefix("torch.")}
 
 
 def weights_digest(states: Iterable[Mapping[str, Tensor]]) -> str:

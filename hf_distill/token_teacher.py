@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .senses import SELECTIONS, SenseDictionary
 from .student import encode_sorted, load_safe, longest_input, pool
-from .teachers import Teacher, fetch, has_fast_bf16, tokenizer_digest, weights_digest
+from .teachers import Teacher, fetch, fingerprint, has_fast_bf16
 
 
 class TokenTeacher(Teacher):
@@ -84,14 +84,8 @@ class TokenTeacher(Teacher):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes a state: a digest of weights and tokenizer, and each setting."""
         if self._fingerprint is None:
-            self._fingerprint = {
-                "weights": weights_digest([self.model.state_dict()]),
-                "tokenizer": tokenizer_digest(self.tokenizer),
-                "layer": self.layer,
-                "bidirectional": self.bidirectional,
-                "max_length": self.max_length,
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
+            settings = {"layer": self.layer, "bidirectional": self.bidirectional}
+            self._fingerprint = fingerprint(self, [self.model.state_dict()], **settings)
         return self._fingerprint
 
     def tokens(self, texts: list[str]) -> list[Any]:

@@ -187,21 +187,19 @@ def test_markov_clustering_finds_what_lies_apart_and_the_rule_counts_it():
 
 
 def test_clusters_are_those_of_k_means_and_few_states_stay_raw():
-    import faiss
-
     rng = np.random.default_rng(0)
     states = np.concatenate([10 * np.eye(8)[i] + 0.05 * rng.normal(size=(20 + i, 8)) for i in range(3)]).astype(np.float32)
-    centroids, counts = _cluster(states, 3, 1, faiss)
+    centroids, counts = _cluster(states, 3, 1)
     order = np.argsort(-centroids[:, 0] - 2 * centroids[:, 1])
     assert sorted(counts.tolist()) == [20, 21, 22]
     for place, row in enumerate([1, 0, 2]):
         own = states[20 * row + sum(range(row)) :][: 20 + row]
         assert np.allclose(centroids[order[place]], own.mean(0), atol=1e-4)
     again = np.concatenate([states[:3], states[:3]])
-    centroids, counts = _cluster(again, 3, 1, faiss)
+    centroids, counts = _cluster(again, 3, 1)
     assert np.array_equal(centroids, np.unique(states[:3], axis=0))
     assert counts.tolist() == [2, 2, 2]
-    assert len(_cluster(states, lambda found: len(found) // 10, 1, faiss)[0]) == 6
+    assert len(_cluster(states, lambda found: len(found) // 10, 1)[0]) == 6
 
 
 # Teachers of tokens
