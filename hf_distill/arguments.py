@@ -101,6 +101,7 @@ class RecipeArguments:
         default=64, metadata={"help": "Texts of one teacher batch; fixed when its cache is made. On a CPU 32 may be faster."}
     )
     teacher_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
+    teacher_license: str | None = field(default=None, metadata={"help": "Its licence, if its card does not name it."})
     backbone: str | None = field(default=None, metadata={"help": "What the student is made from: folder or Hub id."})
     backbone_name: str | None = field(default=None, metadata={"help": "What results and card call it, if not that."})
     layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})

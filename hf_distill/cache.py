@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import DatasetCardData
 from torch import Tensor
 from transformers.utils import logging
 
+from .hub import publish
 from .processes import process_state
 from .shards import (
     KEY,
@@ -31,7 +33,7 @@ from .shards import (
     shard_bytes,
     write_whole,
 )
-from .teachers import Teacher
+from .teachers import Teacher, fetch
 
 
 logger = logging.get_logger(__name__)
@@ -73,21 +75,46 @@ class TeacherCache(Teacher):
         self._live: Teacher | None = teacher
         self.revision = teacher.revision
         settings = {"teacher": teacher.name, "dim": teacher.dim, "dtype": dtype, "fingerprint": teacher.fingerprint}
+        settings["license"] = teacher.license
         self._attach(Path(folder), {**settings, "shard_size": shard_size, "batch_size": batch_size})
 
     @classmethod
-    def open(cls, folder: str | Path) -> "TeacherCache":
-        """Open a finished cache for reading, without its teacher.
+    def open(cls, name: str | Path, revision: str | None = None) -> "TeacherCache":
+        """Open a finished cache for reading, without its teacher: a folder, or what `push_to_hub` published.
 
         Raises:
             FileNotFoundError: If there is none.
+            OSError: If it is neither a folder nor to be had from the Hub.
         """
-        if not (Path(folder) / "manifest.json").exists():
-            raise FileNotFoundError(f"TeacherCache: {folder} has no manifest.json, expected a teacher cache.")
+        folder = fetch(name, revision, kind="dataset")
+        if not (folder / "manifest.json").exists():
+            raise FileNotFoundError(f"TeacherCache: {name} has no manifest.json, expected a teacher cache.")
         cache = cls.__new__(cls)
         cache._live = None
-        cache._attach(Path(folder), None)
+        cache._attach(folder, None)
         return cache
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Publish it as a data set repository, so that others need not run the teacher; return the address of its page.
+
+        It holds vectors and the hashes of their texts, not the texts: whoever has these finds their vectors.
+
+        Args:
+            name: Of the repository.
+            **options: Of `hf_distill.hub.publish`: private, revision, token, message.
+
+        Raises:
+            OSError: As `publish` says.
+        """
+        facts = {"teacher": self.name, "texts": len(self), "dimensions": self.dim, "precision": self._manifest["dtype"]}
+        data = DatasetCardData(tags=["hf_distill", "teacher-cache"], license=self.license)
+        card = (
+            f"---\n{data.to_yaml()}\n---\n\n# Vectors of {self.name}\n\nA teacher that ran once: its vectors, by a hash of the "
+            "text. The texts are not in here.\n\n```python\nfrom hf_distill import TeacherCache\n\n"
+            f'teacher = TeacherCache.open("{name}")  # for DistillationTrainer(teacher=...)\n```\n\n'
+        )
+        (self.folder / "README.md").write_text(card + "".join(f"* {key}: {value}\n" for key, value in facts.items()), "utf-8")
+        return publish(self.folder, name, kind="dataset", **{"message": "Upload teacher cache", **options})
 
     @classmethod
     def from_embeddings(
@@ -151,6 +178,7 @@ class TeacherCache(Teacher):
         if self._manifest["format"] != _FORMAT:
             raise ValueError(f"TeacherCache: {self.folder} has format {self._manifest['format']}, expected {_FORMAT}.")
         self.name, self.dim = self._manifest["teacher"], self._manifest["dim"]
+        self.license = self._manifest.get("license")
         self._dtype = np.dtype(self._manifest["dtype"])
         self._shards = [shard for add in self._manifest["adds"] for shard in add]
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: what results.json says, and nothing else."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
+
+from .hub import PROJECTION_FILE, RUN_FILE
+from .licenses import caution, require_license
 
 
 logger = logging.get_logger(__name__)
@@ -26,6 +30,39 @@ _BITEXT = {"task_type": "BitextMining", "metric_type": "accuracy", "metric_name"
 _SEARCH = {"task_type": "information-retrieval", "metric_type": "cosine_ndcg@10", "metric_name": "nDCG@10 × 100"}
 
 
+def write_card(folder: str | Path, name: str, run: Mapping[str, Any] | None = None) -> Path:
+    """Write README.md of a student's folder from what lies there: results.json, or without it what the run was told.
+
+    Args:
+        folder: The student's.
+        name: What it is called: the id of its repository, if it has one.
+        run: What the run was told; as distillation.json in the folder says if not given.
+
+    Raises:
+        ValueError: If results.json is of another student: its numbers would stand on this one's card.
+    """
+    folder = Path(folder)
+    config, known, results = (_read(folder / file) for file in ("config.json", RUN_FILE, "results.json"))
+    student, run = config.get("hf_distill", {}), known if run is None else run
+    measured = results.get("student", student)
+    changed = [key for key in student if key in measured and measured[key] != student[key]]
+    if changed:
+        raise ValueError(
+            f"card: results.json in {folder} is of another student ({changed[0]}: {measured[changed[0]]!r} there, "
+            f"{student[changed[0]]!r} here), expected this one's. Its numbers would stand on its card. Delete it, "
+            "or run the recipe again."
+        )
+    plots = sorted(plot.name for plot in folder.glob("*.png"))
+    projected = (folder / PROJECTION_FILE).exists()
+    path = folder / "README.md"
+    path.write_text(run_card({"student": student, **run, **results}, name, plots, projected) + "\n", encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has_projection: bool = False) -> str:
     """Return the card of a student as Markdown with its YAML head.
 
@@ -36,9 +73,11 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         has_projection: Whether teacher_projection.safetensors lies beside it.
     """
     measured = "rows" in facts
+    require_license(facts.get("license"))
     scores = dict(facts["rows"]["student"]["scores"]) if measured else {}
     student, paper = facts["student"], facts.get("paper", "")
-    losses = [loss["name"] for loss in facts["loss"].get("losses", [facts["loss"]])]
+    loss, teacher, text = facts.get("loss", {"losses": []}), facts.get("teacher"), facts.get("data", {}).get("name")
+    losses = [part["name"] for part in loss.get("losses", [loss])]
     if measured and not facts.get("license"):
         logger.warning(f"card: {name} has no licence (--license); the card says none. A Hub user could not rely on it.")
     data = ModelCardData(
@@ -54,10 +93,9 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
             "knowledge-distillation",
             *losses,
         ],
-        base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], facts["teacher"]]) if _is_hub_id(hub_id)]
-        or None,
-        datasets=[facts["data"]["name"]] if _is_hub_id(facts["data"].get("name")) else None,
-        eval_results=_eval_results(scores, facts["data"].get("name"), "senses" in student) or None,
+        base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], teacher]) if _is_hub_id(hub_id)] or None,
+        datasets=[text] if _is_hub_id(text) else None,
+        eval_results=_eval_results(scores, text, "senses" in student) or None,
     )
     tables = {}
     if measured:
@@ -74,6 +112,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         measured=measured,
         student=student,
         losses=losses,
+        caution=caution(facts["teacher_license"]) if "teacher_license" in facts else None,
         tables=tables,
         paper=paper,
         paper_title=_PAPERS.get(paper, paper),

@@ -126,10 +126,10 @@ def inspect(
 
     Example: `hf-distill inspect outputs/hpd --check`
     """
+    from .hub import RUN_FILE
     from .layout import check_layout
     from .student import StudentModel
     from .teachers import fetch
-    from .trainer import RUN_FILE
 
     folder = fetch(student)
     model = StudentModel.from_pretrained(folder)
@@ -153,6 +153,46 @@ def inspect(
     _show(facts, student)
     if output:
         output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+@_command
+def card(
+    student: Annotated[Path, typer.Argument(help="Folder of a student.")],
+    name: Annotated[
+        str | None, typer.Option(help="What it is called: the id of its repository; the folder's name if not.")
+    ] = None,
+) -> None:
+    """Write a student's card again, from its results.json.
+
+    Example: `hf-distill card outputs/hpd --name me/minilm-128`
+    """
+    from .card import write_card
+
+    _OUT.print(f"{write_card(student, name or student.resolve().name)} is written.", highlight=False)
+
+
+@_command
+def push(
+    student: Annotated[Path, typer.Argument(help="Folder of a student.")],
+    name: Annotated[str, typer.Argument(help="Repository: user/name, or name alone for one of your own.")],
+    private: Annotated[bool | None, typer.Option(help="Of a new repository; as your settings say if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none.")] = None,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload student",
+) -> None:
+    """Publish a student with its card, results and plots, in one commit; log in first: `hf auth login`.
+
+    Every way to open it is compared before; one that gives other vectors ends the push. If the push fails, the repository is as
+    it was, and the same command completes it.
+
+    Example: `hf-distill push outputs/hpd me/minilm-128 --private`
+    """
+    from .card import write_card
+    from .hub import publish
+    from .layout import check_layout
+
+    check_layout(student)
+    write_card(student, name)
+    publish(student, name, private=private, revision=revision, message=message)
 
 
 @_command

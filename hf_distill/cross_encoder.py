@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .student import encode_sorted, load_safe, longest_input, pool
-from .teachers import Teacher, fetch, fingerprint
+from .teachers import Teacher, fetch, fingerprint, license_of
 
 
 _BETWEEN = "\x1f"  # ASCII's unit separator: in no text that a person wrote
@@ -68,6 +68,7 @@ class CrossEncoderTeacher(Teacher):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         folder = fetch(name, revision)
+        self.license = license_of(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         options = {"dtype": self.dtype, "output_loading_info": True}
         self.model, info = load_safe(AutoModelForSequenceClassification, str(folder), **options)

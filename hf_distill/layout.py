@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the repository of a student opens the same way everywhere: checked from disk before it is published."""
 
+import filecmp
 import importlib.util
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from .card import write_card
+from .hub import PROJECTION_FILE, RUN_FILE, files_of, publish
 from .multi_sense import MultiSenseStudent
 from .student import StudentModel
 
@@ -67,3 +72,31 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
             ours = student.encode(sample, convert_to_tensor=True, replace=False)
         compare("SentenceTransformer", SentenceTransformer(folder, device="cpu").encode(sample, show_progress_bar=False))
     return found
+
+
+def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB", **options: Any) -> str:
+    """Publish a student that is at hand, with a card; return the address of its page.
+
+    What its run measured (results.json, plots, the teacher's projection) goes along if it was opened from the run's folder and
+    its weights are still those.
+
+    Args:
+        student: A `StudentModel`.
+        name: Of the repository.
+        max_shard_size: Largest file of backbone weights.
+        **options: Of `publish`.
+
+    Raises:
+        ValueError: If its loaders disagree, or as `publish` says.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder, source = Path(made), Path(student.name_or_path or "/")
+        student.save_pretrained(folder, max_shard_size=max_shard_size)
+        check_layout(folder)
+        weights = [path for path in files_of(folder) if path.endswith(".safetensors")]
+        if all((source / path).is_file() and filecmp.cmp(folder / path, source / path, shallow=False) for path in weights):
+            for pattern in ("results.json", RUN_FILE, PROJECTION_FILE, "*.png"):
+                for file in source.glob(pattern):
+                    shutil.copy2(file, folder)
+        write_card(folder, name)
+        return publish(folder, name, **{"message": "Upload student", **options})

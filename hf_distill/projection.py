@@ -2,16 +2,19 @@
 """The teacher's space reduced: PCA over a cache, saved with the student."""
 
 import hashlib
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .cache import TeacherCache
+from .hub import PROJECTION_FILE, publish
 from .teachers import fetch
 
 
@@ -31,8 +34,6 @@ class PCAProjection:
         total_variance: Of all D dimensions.
         center: Whether the mean is subtracted.
     """
-
-    FILE = "teacher_projection.safetensors"
 
     def __init__(self, components: Tensor, mean: Tensor, variance: Tensor, total_variance: float, center: bool) -> None:
         self.components, self.mean, self.variance = components.float(), mean.float(), variance.double()
@@ -110,7 +111,28 @@ class PCAProjection:
         """Write teacher_projection.safetensors into the folder (the student's, as a rule)."""
         tensors = {"components": self.components, "mean": self.mean, "variance": self.variance}
         metadata = {"total_variance": repr(self.total_variance), "center": str(self.center)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder) / self.FILE, metadata=metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder) / PROJECTION_FILE, metadata=metadata)
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Publish it in a repository of its own; return the address of its page.
+
+        Args:
+            name: Of the repository.
+            **options: Of `hf_distill.hub.publish`: private, revision, token, message.
+
+        Raises:
+            OSError: As `publish` says.
+        """
+        data = ModelCardData(library_name="hf_distill", tags=["hf_distill", "pca"])
+        facts = "".join(f"* {key}: {value}\n" for key, value in self.facts().items())
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = (
+                f"---\n{data.to_yaml()}\n---\n\n# A teacher's space, reduced\n\nPCA of a teacher's vectors.\n\n```python\n"
+                f'from hf_distill import PCAProjection\n\nsmall = PCAProjection.from_pretrained("{name}")(vectors)\n```\n\n'
+            )
+            (Path(folder) / "README.md").write_text(card + facts, "utf-8")
+            return publish(folder, name, **{"message": "Upload projection", **options})
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "PCAProjection":
@@ -119,9 +141,9 @@ class PCAProjection:
         Raises:
             OSError: If the student can't be had, or carries no projection.
         """
-        path = fetch(name, revision) / cls.FILE
+        path = fetch(name, revision) / PROJECTION_FILE
         if not path.exists():
-            raise OSError(f"PCAProjection: {name} has no {cls.FILE}, expected a student trained on a projected teacher.")
+            raise OSError(f"PCAProjection: {name} has no {PROJECTION_FILE}, expected a student trained on a projected teacher.")
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

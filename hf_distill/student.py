@@ -70,13 +70,8 @@ def encode_sorted(
             f"({len(wrong)} such rows, the first: {wrong[:5]}). Convert or drop them."
         )
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-    starts = logging.tqdm(
-        range(0, len(texts), batch_size),
-        desc="Encoding",
-        unit="batch",
-        delay=0 if show_progress_bar else 2,
-        disable=None if show_progress_bar is None else not show_progress_bar,
-    )
+    bar = {"delay": 0 if show_progress_bar else 2, "disable": None if show_progress_bar is None else not show_progress_bar}
+    starts = logging.tqdm(range(0, len(texts), batch_size), desc="Encoding", unit="batch", **bar)
     result = torch.empty(0, 0)
     for start in starts:
         rows = order[start : start + batch_size]
@@ -485,8 +480,15 @@ class StudentModel(PreTrainedModel):
             self.tokenizer.save_pretrained(folder)
         self._write_sentence_transformers(folder, part["projection."])
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", folder.name)
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), max_shard_size=max_shard_size, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish it in one commit, with a card: `hf_distill.layout.publish_student`; where only this file is, without one."""
+        try:
+            from hf_distill.layout import publish_student
+        except ImportError:
+            return super().push_to_hub(repo_id, **options)
+        return publish_student(self, repo_id, **options)
 
     def _write_sentence_transformers(self, folder: Path, projection: dict[str, Tensor]) -> None:
         settings, hidden = self.settings, self.config.hidden_size
@@ -514,10 +516,8 @@ class StudentModel(PreTrainedModel):
         )
         lower = {"max_seq_length": settings["max_length"], "do_lower_case": False}
         _write_json(folder / "sentence_bert_config.json", lower)
-        _write_json(
-            folder / "config_sentence_transformers.json",
-            {"prompts": settings["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        )
+        prompts = {"prompts": settings["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        _write_json(folder / "config_sentence_transformers.json", prompts)
 
 
 def keep_layers(backbone: PreTrainedModel, layers: list[int]) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from huggingface_hub import snapshot_download
+from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
+
+from .licenses import strictest
 
 # student.py travels to the Hub as one file, so the formulas that both sides need live there.
 from .student import POOLINGS, encode_sorted, load_safe, longest_input, pool
@@ -31,7 +33,7 @@ class Teacher(ABC):
 
     name: How results and cards call it. dim: length of a target. fingerprint: everything that changes the targets.
     num_parameters: Weights of the model behind it; None where there is none (vectors from an API). revision: Its commit on the
-    Hub, if it came from there.
+    Hub, if it came from there. license: What its card says, None for nothing.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Teacher(ABC):
     fingerprint: dict[str, Any]
     num_parameters: int | None = None
     revision: str | None = None
+    license: str | None = None
 
     @abstractmethod
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
@@ -77,7 +80,7 @@ class ProjectedTeacher(Teacher):
                 f"{teacher.dim}. It was fitted on another teacher. Fit one on this teacher's cache."
             )
         self.teacher, self.projection = teacher, projection
-        self.name, self.dim = teacher.name, projection.dim
+        self.name, self.dim, self.license = teacher.name, projection.dim, teacher.license
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -126,7 +129,7 @@ class TwoTowerTeacher(Teacher):
             )
         self.queries, self.documents, self.dim = queries, documents, queries.dim
         self.name = queries.name if queries.name == documents.name else f"{queries.name} over {documents.name}"
-        self.num_parameters = queries.num_parameters
+        self.num_parameters, self.license = queries.num_parameters, queries.license
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -172,7 +175,7 @@ class AnchoredTeacher(Teacher):
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher, self.name, self.dim = teacher, teacher.name, teacher.dim
-        self.num_parameters, self.revision = teacher.num_parameters, teacher.revision
+        self.num_parameters, self.revision, self.license = teacher.num_parameters, teacher.revision, teacher.license
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -231,6 +234,7 @@ class JointTeacher(Teacher):
         self.dim = sum(widths) if combine == "concatenate" else widths[0]
         counts = [teacher.num_parameters for teacher in self.teachers]
         self.num_parameters = None if None in counts else sum(counts)
+        self.license = strictest(teacher.license for teacher in self.teachers)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -319,6 +323,7 @@ class EncoderTeacher(Teacher):
         self.folder = fetch(name, revision, code=trust_remote_code)
         # The Hub's cache names a snapshot's folder by its commit.
         self.revision = self.folder.name if self.folder.parent.name == "snapshots" else None
+        self.license = license_of(self.folder)
         layout = _read_layout(self.folder, str(name), pooling, normalize)
         self.pooling, self.normalize, self.lower = layout["pooling"], layout["normalize"], layout["lower"]
         self.prompt = layout["prompt"] if prompt is None else prompt
@@ -410,8 +415,8 @@ def has_fast_bf16(device: torch.device | None = None) -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> Path:
-    """Return the local folder of a model: itself, or the Hub repository downloaded (or found) in the cache.
+def fetch(name: str | Path, revision: str | None = None, code: bool = False, kind: str = "model") -> Path:
+    """Return the local folder of a model or data set: itself, or the Hub repository downloaded (or found) in the cache.
 
     Raises:
         OSError: If it is neither a folder nor to be had from the Hub.
@@ -419,15 +424,23 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False) -> 
     if Path(name).is_dir():
         return Path(name)
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", *(["*.py"] if code else [])]
+        patterns = ["README.md", "*.json", "*.safetensors", "*.txt", "*.model", "*.npy", *(["*.py"] if code else [])]
         ignore = ["onnx/*", "openvino/*", "checkpoint*"]
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns, ignore_patterns=ignore))
+        options = {"allow_patterns": patterns, "ignore_patterns": ignore}
+        return Path(snapshot_download(str(name), revision=revision, repo_type=kind, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(
             f"{name} is neither a folder here nor a repository that can be had from the Hub now, expected one of them. "
             "Check the spelling, log in (`hf auth login`) if it is private, and without network (or with "
             f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}`. ({type(error).__name__}: {error})"
         ) from error
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the licence that a model's card names."""
+    card = folder / "README.md"
+    license = (metadata_load(card) or {}).get("license") if card.exists() else None
+    return license if isinstance(license, str) else None
 
 
 def fingerprint(teacher: Any, states: Iterable[Mapping[str, Tensor]], **settings: Any) -> dict[str, Any]:

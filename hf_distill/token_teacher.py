@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .senses import SELECTIONS, SenseDictionary
 from .student import encode_sorted, load_safe, longest_input, pool
-from .teachers import Teacher, fetch, fingerprint, has_fast_bf16
+from .teachers import Teacher, fetch, fingerprint, has_fast_bf16, license_of
 
 
 class TokenTeacher(Teacher):
@@ -54,6 +54,7 @@ class TokenTeacher(Teacher):
         self.dtype = dtype or (torch.bfloat16 if has_fast_bf16(self.device) else torch.float32)
         folder = fetch(name, revision)
         self.revision = folder.name if folder.parent.name == "snapshots" else None
+        self.license = license_of(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"  # places are counted from the first token
@@ -154,7 +155,7 @@ class SenseTeacher(Teacher):
             )
         self.teacher, self.dictionary, self.select, self.beside = teacher, dictionary, select, tuple(beside)
         self.name, self.dim, self.num_parameters = teacher.name, teacher.max_length, teacher.num_parameters
-        self.revision = teacher.revision
+        self.revision, self.license = teacher.revision, teacher.license
 
     @property
     def fingerprint(self) -> dict[str, Any]:

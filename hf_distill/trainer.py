@@ -3,37 +3,42 @@
 
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, get_last_checkpoint
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from .adapters import add_adapter, merged, student_of
 from .arguments import DistillationTrainingArguments
-from .card import run_card
+from .card import write_card
 from .cross_encoder import pair
 from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
+from .hub import NOT_PUBLISHED, RUN_FILE, open_repository, publish
 from .layout import check_layout
+from .licenses import strictest
 from .losses import DistillationLoss
 from .processes import Evaluator, gather_rows, require_same, require_strategy, score
 from .student import TRAINING_HEAD, StudentModel
 from .teachers import ProjectedTeacher, Teacher
 
 
-RUN_FILE = "distillation.json"
+logger = logging.get_logger(__name__)
+
 # What a batch holds that is for the loss, not for the student.
 _TAUGHT = ("targets", "scores", "texts", "senses", "sense_scores", "states")
-# What a checkpoint needs to go on, and nobody else should get.
-_NOT_PUBLISHED = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", TRAINING_HEAD)
 
 
 class DistillationTrainer(Trainer):
@@ -87,6 +92,7 @@ class DistillationTrainer(Trainer):
             model = add_adapter(model, peft_config)
         self.teacher, self.loss, self.evaluators, self.reranker = teacher, loss, list(evaluators), reranker
         self.resumed_at = 0  # the step that the last call of train() began with
+        self._in_background = ThreadPoolExecutor(1)  # pushes, one after another
         first = model if model is not None else _first_model(trainer_options["model_init"])
         student = student_of(first)
         _require_teachers(student, loss, teacher, reranker, inherited_columns)
@@ -146,6 +152,7 @@ class DistillationTrainer(Trainer):
         facts = {
             "teacher": self.teacher.name if self.teacher else None,
             "teacher_fingerprint": self.teacher.fingerprint if self.teacher else None,
+            "teacher_license": strictest(one.license for one in (self.teacher, self.reranker) if one),
             "loss": self.loss.facts(),
             "student": student_of(model).settings,
             "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
@@ -331,36 +338,103 @@ class DistillationTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Private hook, checked on transformers 5.23: the host's list of files leaves out 2_Dense, modules.json, student.py.
-        if not isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), StudentModel):
-            self._save(self.args.output_dir)  # the checkpoint holds an adapter, the repository the student
-        elif self.is_world_process_zero():
-            ignore = shutil.ignore_patterns(*_NOT_PUBLISHED)
-            shutil.copytree(checkpoint_folder, self.args.output_dir, dirs_exist_ok=True, ignore=ignore)
-        super()._push_from_checkpoint(checkpoint_folder)
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that is pushed to, if there is none: what may not be written to is found out before training."""
+        if self.is_world_process_zero():
+            args = self.args
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            private = args.hub_private_repo if private is None else private
+            self.hub_model_id = open_repository(name, private=private, token=token or args.hub_token)
+            self.push_in_progress = None
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Private hook, checked on transformers 5.23: the host's list of files leaves out 2_Dense, modules.json, student.py; its
+        # uploads read files that the next save writes, and nobody hears of those that fail.
+        args, model = self.args, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if args.hub_strategy == HubStrategy.END or (running and not args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        stage = Path(args.output_dir) / f"_push-{self.state.global_step}"
+        shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+        if not isinstance(model, StudentModel):
+            self._save(str(stage))  # the checkpoint holds an adapter, the repository the student
+        elif self.is_world_process_zero():
+            shutil.copytree(checkpoint_folder, stage, ignore=shutil.ignore_patterns(*NOT_PUBLISHED), dirs_exist_ok=True)
+        if not self.is_world_process_zero():
+            return
+        self.create_model_card(stage)
+        also = {}
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            kept = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            also = {kept: stage / "_checkpoint"}
+            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link)
+        message = f"Training in progress, step {self.state.global_step}"
+        options = {"revision": args.hub_revision, "token": args.hub_token, "message": message, "also": also}
+
+        def push() -> None:
+            try:
+                publish(stage, self.hub_model_id, **options)
+            except Exception as error:  # the last push tries again, and raises
+                logger.warning(f"DistillationTrainer: step {message.split()[-1]} was not pushed, the training goes on. {error}")
+            shutil.rmtree(stage)
+
+        job = self._in_background.submit(push)
+        if running:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def create_model_card(self, folder: str | Path | None = None, **kwargs: Any) -> None:
         """Write README.md: from results.json where the run has one, else from what the trainer knows."""
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            path = folder / "results.json"
-            results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            name = self.hub_model_id or folder.resolve().name
-            plots = sorted(plot.name for plot in folder.glob("*.png"))
-            has_projection = isinstance(self.teacher, ProjectedTeacher)
-            ModelCard(run_card({**self.run_facts, **results}, name, plots, has_projection)).save(folder / "README.md")
+            output = Path(self.args.output_dir)
+            write_card(folder or output, self.hub_model_id or output.resolve().name, self.run_facts)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push student, card and results; a student whose loaders disagree is not published.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push student, card, results and plots in one commit; a student whose loaders disagree is not published.
+
+        Args:
+            commit_message: Its title.
+            blocking: Whether to wait for it; a future is returned otherwise.
+            token: Of the Hub, in place of args.hub_token.
+            revision: Branch, in place of args.hub_revision; made if there is none.
+            private: Whether a new repository is private, in place of args.hub_private_repo.
+            **kwargs: Of `Trainer.push_to_hub`; the card knows them already.
+
+        Returns:
+            The address of the repository's page.
 
         Raises:
-            ValueError: If the four loaders do not give the same vectors.
+            ValueError: If the four loaders do not give the same vectors, or the Hub refuses the card.
+            OSError: As `publish` says; the branch is as it was, and run again, it completes.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            check_layout(self.args.output_dir)
-        return super().push_to_hub(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return None
+        check_layout(self.args.output_dir)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.create_model_card()
+        self._finish_current_push()
+        options = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
+        push = partial(publish, self.args.output_dir, self.hub_model_id, **options, message=commit_message)
+        return push() if blocking else self._in_background.submit(push)
+
+    def end(self) -> None:
+        """Publish the folder as it is at the end of a run, with what was measured, if that was asked for; leave the launch."""
+        if self.args.push_to_hub:
+            self.push_to_hub("End of the run")
+        super().end()
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -390,6 +464,14 @@ def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
         raise OSError(
             error.errno, f"DistillationTrainer: {folder} can't be written ({error.strerror}). Use another --output_dir"
         ) from error
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _plain(facts: Any) -> Any:

@@ -69,6 +69,7 @@ def open_teacher(recipe: Any, prompt: str | None = None) -> Any:
         teacher = EncoderTeacher(name, prompt=prompt, **recipe.teacher_options())
         if recipe.teacher_name and len(recipe.teacher) == 1:
             teacher.name = recipe.teacher_name
+        teacher.license = recipe.teacher_license or teacher.license
         caches.append(TeacherCache(teacher, cache_folder(recipe.cache_dir, teacher), batch_size=recipe.teacher_batch_size))
     return caches[0] if len(caches) == 1 else JointTeacher(caches, recipe.combine)
 

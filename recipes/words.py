@@ -91,6 +91,7 @@ def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
         options |= {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype") if key in made}
     teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
     teacher.name = recipe.teacher_name or teacher.name
+    teacher.license = recipe.teacher_license or teacher.license
     return teacher
 
 

@@ -13,12 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-distill-tests-")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The defaults back off for minutes.
+os.environ |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
 
 import random
 
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -162,3 +165,16 @@ def collection(tmp_path_factory):
         lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in rows)]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder, documents, queries
+
+
+@pytest.fixture
+def hub(request, monkeypatch):
+    """A server of the Hub's protocol that this process talks to, as far as it asks for its address anew; see hub_server."""
+    from hub_server import HubServer
+
+    with HubServer(xet=getattr(request, "param", True)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not server.xet)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        yield server

@@ -83,6 +83,24 @@ def test_inspect_says_what_a_student_is(files, backbone_folder):
     assert "through" not in call("inspect", files / "student").output
 
 
+def test_push_publishes_a_folder_with_its_card(files, student, hub):
+    student.save_pretrained(files / "student")
+    done = call("push", files / "student", "alice/by-line", "--private")
+    assert done.exit_code == 0, done.output
+    assert hub.store.repos["models", "alice/by-line"].private
+    assert 'SentenceTransformer("alice/by-line")' in hub.files("alice/by-line")["README.md"].decode()
+    done = call("card", files / "student", "--name", "me/other")
+    assert done.exit_code == 0, done.output
+    assert 'SentenceTransformer("me/other")' in (files / "student" / "README.md").read_text()
+    done = call("push", files / "student", "bob/theirs")
+    assert done.exit_code == 1
+    (files / "student" / "results.json").write_text('{"student": {"projection_dim": 3}, "rows": {}}')
+    done = call("push", files / "student", "alice/by-line")
+    assert done.exit_code == 1
+    assert "results.json in" in done.output
+    assert "is of another student (projection_dim: 3 there, 24 here)" in done.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -102,7 +120,7 @@ def test_wrong_input_ends_with_its_message(words, message, files, monkeypatch):
 
 def test_every_command_has_an_example():
     commands = [command.callback.__name__ for command in app.registered_commands]
-    assert commands == ["cache", "evaluate", "inspect", "explain"]
+    assert commands == ["cache", "evaluate", "inspect", "card", "push", "explain"]
     for name in commands:
         assert f"hf-distill {name} " in call(name, "--help").output
 

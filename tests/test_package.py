@@ -31,7 +31,8 @@ def imports(path):
 
 def test_rooms_keep_to_themselves():
     rules = {  # who may import what: (others' packages, ours)
-        "student.py": ({"torch", "transformers", "safetensors"}, set()),
+        # it asks for hf_distill.layout to publish, and does without where it stands alone
+        "student.py": ({"torch", "transformers", "safetensors", "hf_distill"}, set()),
         "losses/base.py": ({"torch"}, set()),
         "losses/embed_distill.py": ({"torch"}, {"base"}),
         "losses/hpd.py": ({"torch"}, {"base"}),
@@ -51,9 +52,11 @@ def test_rooms_keep_to_themselves():
         "build.py": ({"torch", "transformers"}, {"student"}),
         "vocabulary.py": ({"torch", "transformers"}, {"student"}),
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
-        "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"student"}),
-        "cache.py": ({"torch", "transformers", "numpy"}, {"processes", "shards", "teachers"}),
-        "projection.py": ({"torch", "safetensors"}, {"cache", "teachers"}),
+        "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"licenses", "student"}),
+        "cache.py": ({"torch", "transformers", "numpy", "huggingface_hub"}, {"hub", "processes", "shards", "teachers"}),
+        "projection.py": ({"torch", "safetensors", "huggingface_hub"}, {"cache", "hub", "teachers"}),
+        "hub.py": ({"transformers", "huggingface_hub"}, set()),
+        "licenses.py": (set(), set()),
         "evaluation/similarity.py": ({"numpy"}, {"data", "metrics"}),
         "evaluation/retrieval.py": ({"torch", "numpy"}, {"data", "metrics"}),
     }

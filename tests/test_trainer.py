@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -523,40 +522,60 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(make, texts):
     assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
 
 
-def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, monkeypatch):
-    pushed = []
-
-    class Hub:
-        def create_repo(self, name, **options):
-            return type("Url", (), {"repo_id": f"me/{name}"})()
-
-        def upload_folder(self, folder_path, ignore_patterns=(), run_as_future=False, **options):
-            copy = Path(f"{folder_path}-pushed")
-            shutil.copytree(folder_path, copy, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True)
-            pushed.append(copy)
-            done = type("Done", (), {"done": lambda self: True, "result": lambda self: None})()
-            return done
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+@pytest.mark.parametrize("peft", [False, True])
+def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, hub, tmp_path, peft):
     trainer = make(
         max_steps=2,
         save_strategy="steps",
         push_to_hub=True,
+        hub_model_id="alice/pushed",
         hub_strategy="every_save",
-        hub_token="hf_secret",
+        hub_always_push=True,
+        hub_token="hf_alice",
+        hub_private_repo=True,
         save_steps=1,
+        **({"peft_config": LoraConfig(target_modules="all-linear", modules_to_save=["projection"])} if peft else {}),
     )
+    assert hub.store.repos["models", "alice/pushed"].private  # made before the training
     trainer.train()
-    assert len(pushed) == 2
-    check_layout(pushed[-1])
-    names = {path.name for path in pushed[-1].rglob("*")}
-    assert {"2_Dense", "modules.json", "student.py", "tokenizer.json", "distillation.json"} <= names
-    assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth"} & names
-    for path in [*pushed[-1].rglob("*"), *Path(trainer.args.output_dir).rglob("*")]:
-        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+    trainer._finish_current_push()
+    repo = hub.store.repos["models", "alice/pushed"]
+    titles = [commit.title for commit in repo.history("main")]
+    assert titles == ["Training in progress, step 2", "Training in progress, step 1", "initial commit"]
+    for number, commit in enumerate(repo.history("main")[:2]):
+        files = hub.files("alice/pushed", commit.sha)
+        for path, data in files.items():
+            (tmp_path / str(number) / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / str(number) / path).write_bytes(data)
+        check_layout(tmp_path / str(number))
+        names = {path.rsplit("/")[-1] for path in files}
+        assert {"modules.json", "student.py", "tokenizer.json", "distillation.json", "README.md"} <= names
+        assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} & names
+        assert not [path for path, data in files.items() if b"hf_alice" in data]
+    assert not [p for p in Path(trainer.args.output_dir).rglob("*") if p.is_file() and b"hf_alice" in p.read_bytes()]
+    assert not list(Path(trainer.args.output_dir).glob("_push*"))
+    assert trainer.args.hub_token == "hf_alice"
+    assert trainer.push_to_hub() == f"{hub.url}/alice/pushed"
+    assert "teacher0" in hub.files("alice/pushed")["README.md"].decode()
+
+
+def test_a_push_in_the_background_that_fails_is_heard_of_and_the_last_one_makes_up_for_it(make, hub, caplog):
+    options = {"push_to_hub": True, "hub_model_id": "alice/late", "hub_strategy": "every_save", "hub_token": "hf_alice"}
+    trainer = make(max_steps=1, save_strategy="steps", save_steps=1, **options)
+    with hub.fail("POST", "/preupload/", 403, times=9) as fault:
+        trainer.train()
+        trainer._finish_current_push()
+    assert fault.fired
+    assert "step 1 was not pushed, the training goes on" in caplog.text
+    assert hub.files("alice/late") == {}
     trainer.push_to_hub()
-    assert len(pushed) == 3
-    assert "teacher0" in (pushed[-1] / "README.md").read_text()
+    assert "modules.json" in hub.files("alice/late")
+
+
+@pytest.mark.parametrize(("name", "message"), [("bob/theirs", "may not write to bob/theirs"), ("a/b/c", "is no name of a")])
+def test_a_repository_that_may_not_be_written_to_is_found_out_before_training(make, hub, name, message):
+    with pytest.raises((PermissionError, ValueError), match=message):
+        make(push_to_hub=True, hub_model_id=name, hub_token="hf_alice")
 
 
 @pytest.mark.slow
