@@ -69,8 +69,9 @@ def test_the_whole_flow(xet, teacher_folder, backbone_folder, texts, tmp_path):
         assert run["address"] == f"{hub.url}/alice/tiny"
         assert run["step"] == 20
         titles = [commit.title for commit in hub.store.repos["models", "alice/tiny"].history("main")]
-        # The last step was pushed whole, so that there was nothing new at the end of training.
-        assert titles == ["Training in progress, step 20", "Training in progress, step 10", "initial commit"]
+        assert titles[-3:] == ["Training in progress, step 20", "Training in progress, step 10", "initial commit"]
+        # The last step was pushed whole; safetensors writes what stands in a file's head in any order.
+        assert titles[:-3] in ([], ["End of training"])
 
         files = hub.files("alice/tiny")
         layout = {"config.json", "model.safetensors", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"}
