@@ -44,6 +44,7 @@ KINDS = {
     "flat": IndexKind("Flat"),
     "int8": IndexKind("SQ8"),
     "IVF": IndexKind("IVF{lists},Flat", {"nprobe": 16}),
+    "IVF, int8": IndexKind("IVF{lists},SQ8", {"nprobe": 16}),
     "HNSW": IndexKind("HNSW32,Flat", {"efSearch": 64}),
     # np: without polysemous training, which takes minutes and helps a search by Hamming distance only.
     "PQ": IndexKind("PQ{bytes}x8np", at_least=256, trained_on=10_000),
