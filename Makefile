@@ -29,6 +29,9 @@ check: .venv/test  ## style and formatting
 bench: .venv/demo  ## memory of caching and training at two sizes (several minutes)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
+hub-demo: .venv/test-all  ## train, publish, open and describe a student against a server of the Hub's protocol on this machine
+	$(BIN)/python tests/hub_server/demo.py $(ARGS)
+
 cards: .venv/test  ## make the table and the cards of the committed results again
 	$(BIN)/python recipes/results/make.py
 
@@ -42,4 +45,4 @@ $(BIN)/python:
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 12
 
-.PHONY: hpd embed-distill lealla multi-sense test test-all check bench cards help
+.PHONY: hpd embed-distill lealla multi-sense test test-all check bench hub-demo cards help

@@ -78,3 +78,24 @@ def test_memory_hardly_grows_with_the_number_of_texts():
     assert len(set(peaks)) == 2  # equal peaks would be those of the process that started them
     assert all(row["difference, MB"] < 60 for row in rows.values())
     assert RUNS["memory"]["import_s"] < 0.1
+
+
+def test_the_default_search_of_a_small_index_keeps_what_was_asked_of_it():
+    index = RUNS["embed_distill"]["index"]
+    recall = {name: row["recall"] / index["teacher, flat"]["recall"] for name, row in index.items()}
+    assert RUNS["embed_distill"]["data"]["documents"] >= 100_000
+    small, filed, signs = (index[f"student 128-d, {kind}"] for kind in ("int8", "IVF, int8", "binary, rescored"))
+    assert min(small["times_smaller"], filed["times_smaller"]) >= 8
+    assert recall["student 128-d, int8"] >= 0.97
+    assert recall["student 128-d, IVF, int8"] >= 0.97
+    assert filed["times_faster"] >= 8
+    assert small["times_faster"] < 8  # missed by a scan, as about.md says
+    assert signs["times_smaller"] >= 32
+    assert recall["student 128-d, binary, rescored"] >= 0.97
+
+
+def test_the_small_query_encoder_keeps_what_was_asked_of_it():
+    rows = STUDENTS["embed_distill_scifact"]["rows"]
+    assert rows["student"]["parameters"] <= rows["teacher"]["parameters"] / 10
+    ladder = RUNS["scifact_ladder"]["table"]
+    assert ladder["+ made queries"]["of the teacher"] >= 97

@@ -15,8 +15,8 @@ ROOT = HERE.parents[1]
 SHOWN = re.compile(r"(<!-- results of (\w+): made by `make cards` -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
 
 
-def section(name: str, results: dict) -> str:
-    """Return the tables of one run, and how it was made."""
+def section(name: str, results: dict, indexes: bool = True) -> str:
+    """Return the tables of one run, and how it was made; the long one of kinds of index if it is wanted."""
     provenance, data = results["provenance"], results["data"]
     minutes = ", ".join(f"{what} {seconds / 60:.0f} min" for what, seconds in results["timings_s"].items())
     text = f"Text: {data['rows']} of {data['name']}."
@@ -25,7 +25,7 @@ def section(name: str, results: dict) -> str:
     if "documents" in data:
         text = f"{data['queries']} queries to train on, {data['documents']} documents: {data['name']}."
     parts = [score_table(results), dimension_table(results), language_table(results)]
-    parts.append(index_table(results["index"]) if "index" in results else "")
+    parts.append(index_table(results["index"]) if indexes and "index" in results else "")
     return "\n\n".join(
         [
             *filter(None, parts),
@@ -62,7 +62,7 @@ def main() -> None:
         (ROOT / "model_cards" / f"{name}.md").write_text(card + "\n", encoding="utf-8")
     (HERE / "README.md").write_text(text, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = SHOWN.sub(lambda part: f"{part[1]}\n{section(part[2], runs[part[2]])}\n{part[3]}", readme)
+    readme = SHOWN.sub(lambda part: f"{part[1]}\n{section(part[2], runs[part[2]], indexes=False)}\n{part[3]}", readme)
     (ROOT / "README.md").write_text(readme, encoding="utf-8")
 
 

@@ -495,6 +495,8 @@ class HubServer(Hub):
         finally:
             self.faults.remove(fault)
 
-    def sent(self, pattern: str) -> list[Logged]:
-        """Return the requests for files that were answered with content: what came over HTTP."""
-        return [one for one in self.log if one.method == "GET" and one.status in (200, 206) and re.search(pattern, one.path)]
+    def sent(self, pattern: str, since: int = 0) -> list[Logged]:
+        """Return the requests, from a place of the log on, that were answered with content: what came over HTTP."""
+        return [
+            one for one in self.log[since:] if one.method == "GET" and one.status in (200, 206) and re.search(pattern, one.path)
+        ]
