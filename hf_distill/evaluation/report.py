@@ -218,6 +218,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
     return "\n".join([text[0], rule, *text[1:]])
 
 
+_MARKERS = "os^vDP*X"
 # What is shown of the first k dimensions.
 _BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10", "tatoeba_avg")
 
@@ -349,26 +350,29 @@ def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> 
 
 
 def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw quality over memory and over the latency of one query, a colour a space."""
+    """Draw quality over memory and over the latency of one query, a colour a space, a marker a kind of index."""
     plt = pyplot()
-    from matplotlib import ticker
+    from matplotlib import lines, ticker
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    spaces, kinds = (list(dict.fromkeys(name.split(", ", 1)[side] for name in rows)) for side in (0, 1))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
-        spaces = list(dict.fromkeys(name.split(", ")[0] for name in rows))
-        for number, (name, row) in enumerate(rows.items()):
+        for name, row in rows.items():
             space, kind = name.split(", ", 1)
-            up = 3 if number % 2 else -9  # neighbours in the list often lie side by side
-            axes.plot(row[key], row["recall"], "o", color=f"C{spaces.index(space)}", label=space if kind == "flat" else None)
-            axes.annotate(kind, (row[key], row["recall"]), textcoords="offset points", xytext=(5, up), fontsize="x-small")
+            style = {"color": f"C{spaces.index(space)}", "marker": _MARKERS[kinds.index(kind) % len(_MARKERS)]}
+            axes.plot(row[key], row["recall"], linestyle="", markersize=8, alpha=0.8, **style)
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-        axes.margins(x=0.15)  # room for the labels
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="recall@10 × 100")
-    panels[1].legend(fontsize="small")
+    shown = [lines.Line2D([], [], color=f"C{i}", linewidth=4, label=space) for i, space in enumerate(spaces)]
+    shown += [
+        lines.Line2D([], [], color="black", linestyle="", marker=_MARKERS[i % len(_MARKERS)], label=kind)
+        for i, kind in enumerate(kinds)
+    ]
+    figure.legend(handles=shown, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
