@@ -50,7 +50,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert max(line["loss_document"] for line in lines) < 1e-6
     student = StudentModel.from_pretrained(tmp_path / "out")
     assert student.settings["document_encoder"] == {"name": results["teacher"], "revision": None, "prompt": None}
-    kinds = ["flat", "int8", "IVF", "HNSW", "binary, rescored"]  # 200 documents are too few for PQ
+    kinds = ["flat", "int8", "IVF", "IVF, int8", "HNSW", "binary, rescored"]  # 200 documents are too few for PQ
     assert list(results["index"]) == [f"{side}, {kind}" for side in ("teacher", "student 24-d") for kind in kinds]
     assert results["index"]["student 24-d, flat"]["ndcg"] == pytest.approx(rows["student"]["test_ndcg10"], abs=0.1)
     assert (tmp_path / "out" / "index.png").stat().st_size > 1000
