@@ -201,6 +201,11 @@ class TeacherCache(Teacher):
         return {**self._manifest["fingerprint"], "cache_dtype": self._manifest["dtype"]}
 
     @property
+    def live(self) -> Teacher | None:
+        """The teacher that fills the cache; None if the cache was opened without one."""
+        return self._live and self._live.live
+
+    @property
     def num_parameters(self) -> int | None:
         """Weights of the live teacher; None if the cache was opened without one."""
         return None if self._live is None else self._live.num_parameters

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: what results.json says, and nothing else."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,11 @@ from transformers.utils import logging
 
 from .hub import PROJECTION_FILE, RUN_FILE
 from .licenses import caution, require_license
+from .papers import PAPERS, citations
 
 
 logger = logging.get_logger(__name__)
 _TEMPLATE = Path(__file__).parent / "card_template.md"
-_PAPERS = {
-    "2203.07687": "Compressing Sentence Representation for Semantic Retrieval via Homomorphic Projective Distillation "
-    "(Zhao, Yu, Wu, Li; Findings of ACL 2022)",
-    "2301.12005": "EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval (Kim and others, 2023)",
-    "2302.08387": "LEALLA: Learning Lightweight Language-agnostic Sentence Embeddings with Knowledge Distillation (Mao and "
-    "Nakagawa, EACL 2023)",
-    "2504.06036": "Multi-Sense Embeddings for Language Models and Knowledge Distillation (Wang and others, "
-    "Findings of ACL 2025)",
-}
 _STS = {"task_type": "STS", "metric_type": "cosine_spearman", "metric_name": "Spearman × 100"}
 _BITEXT = {"task_type": "BitextMining", "metric_type": "accuracy", "metric_name": "accuracy × 100, mean of both directions"}
 _SEARCH = {"task_type": "information-retrieval", "metric_type": "cosine_ndcg@10", "metric_name": "nDCG@10 × 100"}
@@ -75,7 +68,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     measured = "rows" in facts
     require_license(facts.get("license"))
     scores = dict(facts["rows"]["student"]["scores"]) if measured else {}
-    student, paper = facts["student"], facts.get("paper", "")
+    student, paper = facts["student"], PAPERS.get(facts.get("paper", ""))
     loss, teacher, text = facts.get("loss", {"losses": []}), facts.get("teacher"), facts.get("data", {}).get("name")
     losses = [part["name"] for part in loss.get("losses", [loss])]
     if measured and not facts.get("license"):
@@ -86,24 +79,20 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         license=facts.get("license"),
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=[
-            "sentence-transformers",
-            "feature-extraction",
-            "hf_distill",
-            "knowledge-distillation",
-            *losses,
-        ],
+        tags=["sentence-transformers", "feature-extraction", "hf_distill", "knowledge-distillation", *losses],
         base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], teacher]) if _is_hub_id(hub_id)] or None,
         datasets=[text] if _is_hub_id(text) else None,
         eval_results=_eval_results(scores, text, "senses" in student) or None,
+        co2_eq_emissions=facts.get("co2_eq_emissions"),
     )
     tables = {}
     if measured:
-        from .evaluation.report import dimension_table, index_table, language_table, score_table
+        from .evaluation import report
 
-        tables = {"scores": score_table(facts), "dimensions": dimension_table(facts)}
-        tables["index"] = index_table(facts["index"]) if "index" in facts else ""
-        tables["languages"] = language_table(facts)
+        shown = {"scores": report.score_table, "dimensions": report.dimension_table, "index": report.index_table}
+        shown |= {"languages": report.language_table, "speed": report.speed_table}
+        tables = {name: draw(facts) for name, draw in shown.items()}
+    made_by = json.dumps(facts.get("teacher_fingerprint"), sort_keys=True).encode()
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -115,7 +104,9 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         caution=caution(facts["teacher_license"]) if "teacher_license" in facts else None,
         tables=tables,
         paper=paper,
-        paper_title=_PAPERS.get(paper, paper),
+        pipeline=_pipeline(facts, losses),
+        targets=hashlib.sha256(made_by).hexdigest()[:12] if teacher else None,
+        citations=citations(paper, teacher if _is_hub_id(teacher) else None),
         plots=plots,
         has_projection=has_projection,
     )
@@ -136,6 +127,22 @@ def _eval_results(scores: Mapping[str, float], collection: str | None, replaced:
         EvalResult(dataset_type=name.split(",")[0], dataset_name=name, metric_value=round(value, 2), **kind)
         for name, (value, kind) in values.items()
     ]
+
+
+def _pipeline(facts: Mapping[str, Any], losses: Sequence[str]) -> str:
+    """Return what learns from what, drawn with letters."""
+    student, reduced = facts["student"], facts.get("projection")
+    own = [f"{len(student['layers'])} layers", f"{student['pooling']} pooling"]
+    own += ["states replaced by senses"] if "senses" in student else []
+    own += [f"Linear to {student['projection_dim']}"] if student.get("projection_dim") else []
+    own += ["unit length"] if student.get("normalize") else []
+    lines = [["query" if student.get("document_encoder") else "text", *own]]
+    if facts.get("teacher"):
+        lines.insert(0, ["text", facts["teacher"], *([f"PCA to {reduced['dim']}"] if reduced else []), "kept on disk"])
+    drawn = [" ─► ".join(line) for line in lines]
+    width = max(map(len, drawn)) + 1
+    ends = [" ─┐", " ─┴─► " + " + ".join(losses)] if len(drawn) > 1 else [""]
+    return "\n".join((line + " ").ljust(width, "─") + end.strip() for line, end in zip(drawn, ends, strict=True)).rstrip()
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-distill`: cache a teacher, evaluate an encoder, look into students and senses, from a terminal."""
+"""`hf-distill`: train and publish students, score and compare encoders, look into senses, from a terminal."""
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ _OUT, _ERR = Console(), Console(stderr=True)
 _TEXTS = "File (tsv/csv/jsonl/parquet/txt, gz too), folder or Hub data set; name:a,b takes its columns a and b."
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+def _command(function: Callable[..., None], **settings: Any) -> Callable[..., None]:
     """Register a command whose wrong input ends with its message, not with a traceback."""
 
     @wraps(function)
@@ -33,7 +34,42 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _ERR.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
             sys.exit(1)
 
-    return app.command()(run)
+    return app.command(**settings)(run)
+
+
+@partial(_command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="hpd, embed_distill, lealla, multi_sense, or your own script.")],
+    config: Annotated[str | None, typer.Option(help="YAML of flags: a file, or one of the recipe's by name.")] = None,
+    accelerate_config: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerate_config", help="Of `accelerate launch`: a file, or one of cpu, multi_gpu, fsdp2, ... by name."
+        ),
+    ] = None,
+) -> None:
+    """Run a recipe under `accelerate launch`; flags of the recipe follow, and win over the YAML (all of them: `-- --help`).
+
+    Example: `hf-distill train hpd --config hpd_mpnet --accelerate_config multi_gpu --output_dir outputs/mine`
+    """
+    # In a checkout the recipes lie beside the package, installed from a wheel inside it.
+    home = next(path for path in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes") if path.is_dir())
+
+    def find(name: str, folder: str, suffix: str) -> str:
+        places = [Path(name), home / folder / f"{name}{suffix}"]
+        found = next((path for path in places if path.is_file()), None)
+        if found is None:
+            known = sorted(path.stem for path in (home / folder).glob(f"*{suffix}"))
+            raise FileNotFoundError(f"train: {name} is neither a file nor one of {', '.join(known)}.")
+        return str(found)
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", find(accelerate_config, "accelerate", ".yaml")] if accelerate_config else []
+    flags = ["--config", find(config, "configs", ".yaml")] if config else []
+    done = subprocess.run([*launch, find(recipe, "", ".py"), *flags, *context.args], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
 
 
 @_command
@@ -93,17 +129,13 @@ def evaluate(
     """
     from .data import load_texts, split_source, text_columns
     from .evaluation.report import provenance, write_results
-    from .evaluation.similarity import FidelityEvaluator, STSEvaluator
+    from .evaluation.similarity import FidelityEvaluator
     from .teachers import EncoderTeacher
 
     if sts is None and retrieval is None and (teacher is None or texts is None):
         raise ValueError("evaluate: nothing to score by, expected --sts, --retrieval, or --teacher with --texts.")
     model = EncoderTeacher(encoder, pooling=pooling)
-    evaluators = [STSEvaluator(sts, dims=dim or [])] if sts else []
-    if retrieval:
-        from .evaluation.retrieval import RetrievalData, RetrievalEvaluator
-
-        evaluators.append(RetrievalEvaluator(RetrievalData.load(retrieval, split), dims=dim or []))
+    evaluators = _evaluators(sts, retrieval, split, dim or [])
     if teacher and texts:
         name, names = split_source(texts)
         dataset = load_texts(name)
@@ -114,6 +146,62 @@ def evaluate(
     if output:
         facts = {"encoder": model.name, "parameters": model.num_parameters, "dim": model.dim, "scores": scores}
         write_results(output.parent, {**facts, "provenance": provenance(None)}, output.stem)
+
+
+@_command
+def compare(
+    encoders: Annotated[list[str], typer.Argument(help="Folders or Hub ids; the first is what the others are measured by.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.json and comparison.png.")],
+    sts: Annotated[Path | None, typer.Option(help="Folder of STS files; see the README.")] = None,
+    retrieval: Annotated[str | None, typer.Option(help="Folder or Hub id of a collection in BEIR's layout.")] = None,
+    split: Annotated[str, typer.Option(help="Its judgements to score by.")] = "test",
+    rounds: Annotated[int, typer.Option(help="How often the encoders take turns to be timed.")] = 5,
+) -> None:
+    """Put encoders side by side: scores with 95 % intervals, size, and speed in turns; as a table, JSON and a plot.
+
+    All of them compute in float32: bfloat16 would favour the larger ones where the hardware multiplies it.
+
+    Example: `hf-distill compare sentence-transformers/all-MiniLM-L6-v2 outputs/hpd --sts $DATA/sts --output outputs/compared`
+    """
+    from .evaluation.report import draw_comparison, provenance, table, write_results
+    from .evaluation.uncertainty import timings
+    from .teachers import EncoderTeacher
+
+    evaluators = _evaluators(sts, retrieval, split, [])
+    if not evaluators or len(encoders) < 2:
+        raise ValueError("compare: nothing to compare, expected two encoders or more, and --sts or --retrieval.")
+    short = [Path(name).name for name in encoders]
+    names = short if len(set(short)) == len(short) else encoders
+    models = {name: EncoderTeacher(encoder, dtype="float32") for name, encoder in zip(names, encoders, strict=True)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        scores = {key: value for evaluator in evaluators for key, value in evaluator(model.encode).items()}
+        sure = {key: value for evaluator in evaluators for key, value in evaluator.intervals().items()}
+        rows[name] = {"parameters": model.num_parameters, "dim": model.dim, "scores": scores, "intervals": sure}
+    texts = evaluators[0].texts()[:64]
+    speeds = timings({name: model.encode for name, model in models.items()}, texts, rounds)
+    shown = {}
+    for name, row in rows.items():
+        row["speed"] = speeds[name]
+        shown[name] = {"parameters M": row["parameters"] / 1e6, "dim": row["dim"]}
+        for key, (low, high) in row["intervals"].items():
+            shown[name] |= {key: row["scores"][key], f"{key}, 95 %": f"{low:.2f}–{high:.2f}"}
+        shown[name] |= {"texts/s": speeds[name]["texts_per_s"], "times as fast": speeds[name]["times_faster"]}
+    output.mkdir(parents=True, exist_ok=True)
+    write_results(output, {"rows": rows, "texts": len(texts), "provenance": provenance(None)}, "comparison")
+    draw_comparison(output / "comparison.png", shown, next(iter(rows[names[0]]["intervals"])))
+    _OUT.print(table(shown), highlight=False, soft_wrap=True)
+
+
+def _evaluators(sts: Path | None, retrieval: str | None, split: str, dims: list[int]) -> list[Any]:
+    from .evaluation.similarity import STSEvaluator
+
+    found: list[Any] = [STSEvaluator(sts, dims=dims)] if sts else []
+    if retrieval:
+        from .evaluation.retrieval import RetrievalData, RetrievalEvaluator
+
+        found.append(RetrievalEvaluator(RetrievalData.load(retrieval, split), dims=dims))
+    return found
 
 
 @_command

@@ -19,10 +19,10 @@ logger = logging.get_logger(__name__)
 # What lies beside a student: what its run was told, and how its teacher was reduced.
 RUN_FILE, PROJECTION_FILE = "distillation.json", "teacher_projection.safetensors"
 
-# What a run needs to go on, and nobody else should get; training_args.bin holds the token in clear.
+# What a run needs to go on, and nobody else should get; training_args.bin holds the token in clear, emissions.csv the place.
 NOT_PUBLISHED = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", "training_head.safetensors",
-    "checkpoint-*", "_*", ".*",
+    "checkpoint-*", "_*", ".*", "emissions.csv",
 )  # fmt: skip
 # What a loader would read although it belongs to an earlier push.
 _LAYOUT = re.compile(r"[^/]*\.safetensors(\.index\.json)?|[0-9]_[^/]*/.*|modules\.json|(student|multi_sense|senses)\.py")

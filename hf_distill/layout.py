@@ -25,6 +25,12 @@ SAMPLE_TEXTS = ("A cat sat on the mat.", "distillation " * 9000, "Ein kleines, s
 MIN_COSINE = 0.99999
 
 
+def open_student(folder: str | Path) -> StudentModel:
+    """Return what was saved, with its senses if it has some."""
+    kind = MultiSenseStudent if "senses" in AutoConfig.from_pretrained(folder).hf_distill else StudentModel
+    return kind.from_pretrained(folder)
+
+
 def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> dict[str, float | str]:
     """Open a student in every way a user may, and compare the vectors.
 
@@ -40,8 +46,8 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
             downstream would get other embeddings than those that were measured.
     """
     folder, sample = str(folder), list(texts)
-    kind = MultiSenseStudent if "senses" in AutoConfig.from_pretrained(folder).hf_distill else StudentModel
-    student = kind.from_pretrained(folder)
+    student = open_student(folder)
+    kind = type(student)
     ours = student.encode(sample, convert_to_tensor=True)
     found: dict[str, float | str] = {}
 

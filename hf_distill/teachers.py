@@ -43,6 +43,11 @@ class Teacher(ABC):
     revision: str | None = None
     license: str | None = None
 
+    @property
+    def live(self) -> "Teacher | None":
+        """What runs the model behind, with no cache before it, to time it; None where there is none."""
+        return self
+
     @abstractmethod
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return targets [N, dim], float32 on the CPU, for N texts."""
@@ -81,6 +86,11 @@ class ProjectedTeacher(Teacher):
             )
         self.teacher, self.projection = teacher, projection
         self.name, self.dim, self.license = teacher.name, projection.dim, teacher.license
+
+    @property
+    def live(self) -> Teacher | None:
+        """That of the teacher behind."""
+        return self.teacher.live
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -132,6 +142,11 @@ class TwoTowerTeacher(Teacher):
         self.num_parameters, self.license = queries.num_parameters, queries.license
 
     @property
+    def live(self) -> Teacher | None:
+        """That of the queries."""
+        return self.queries.live
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """Those of both sides."""
         return {"queries": self.queries.fingerprint, "documents": self.documents.fingerprint}
@@ -176,6 +191,11 @@ class AnchoredTeacher(Teacher):
     def __init__(self, teacher: Teacher) -> None:
         self.teacher, self.name, self.dim = teacher, teacher.name, teacher.dim
         self.num_parameters, self.revision, self.license = teacher.num_parameters, teacher.revision, teacher.license
+
+    @property
+    def live(self) -> Teacher | None:
+        """That of the teacher behind."""
+        return self.teacher.live
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -235,6 +255,12 @@ class JointTeacher(Teacher):
         counts = [teacher.num_parameters for teacher in self.teachers]
         self.num_parameters = None if None in counts else sum(counts)
         self.license = strictest(teacher.license for teacher in self.teachers)
+
+    @property
+    def live(self) -> Teacher | None:
+        """All of them, live; None if one is not there."""
+        found = [teacher.live for teacher in self.teachers]
+        return None if None in found else JointTeacher(found, self.combine, self.weights)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -158,6 +158,11 @@ class SenseTeacher(Teacher):
         self.revision, self.license = teacher.revision, teacher.license
 
     @property
+    def live(self) -> Teacher | None:
+        """That of the teacher behind."""
+        return self.teacher.live
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """That of the teacher, the dictionary's digest, and the selection."""
         return {**self.teacher.fingerprint, "dictionary": self.dictionary.digest, "select": self.select}

@@ -216,7 +216,7 @@ def test_headings_tables_and_images_stand_apart(make):
             assert before == "", line
         if line.startswith(("# ", "## ", "![")) or (line.startswith("|") and not after.startswith("|")):
             assert after == "", line
-    assert sum(line.startswith("```") for line in lines) == 6
+    assert sum(line.startswith("```") for line in lines) == 10
 
 
 def test_only_plots_that_are_there_are_shown(make):
@@ -262,5 +262,5 @@ def test_without_results_the_card_says_what_the_trainer_knows(make, caplog):
     assert "* Loss: HPDLoss.\n" in card
     assert "What it keeps" not in card
     assert tables(card) == []
-    assert re.findall(r"^## (.*)$", card, re.M) == ["Use", "How it was made", "Limits"]
+    assert re.findall(r"^## (.*)$", card, re.M) == ["Use", "How it was made", "Limits", "Citation"]
     assert caplog.text == ""

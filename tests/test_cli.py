@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import make_texts
@@ -59,6 +60,49 @@ def test_evaluate_prints_and_writes_the_librarys_scores(files, teacher_folder, s
     assert re.search(rf"sts_avg +│ +{scores['sts_avg']:.2f}", done.output)
 
 
+def test_compare_puts_encoders_beside_each_other(files, teacher_folder, student, collection):
+    student.save_pretrained(files / "student")
+    options = ["--retrieval", collection[0], "--split", "train", "--output", files / "out", "--rounds", 2]
+    done = call("compare", teacher_folder, files / "student", *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads((files / "out" / "comparison.json").read_text())
+    assert list(found["rows"]) == [Path(teacher_folder).name, "student"]
+    data = RetrievalData.load(collection[0], "train")
+    scores = RetrievalEvaluator(data)(EncoderTeacher(files / "student", dtype="float32").encode)
+    row = found["rows"]["student"]
+    assert row["scores"] == pytest.approx(scores, rel=1e-4)
+    low, high = row["intervals"]["retrieval_ndcg10"]
+    assert low < scores["retrieval_ndcg10"] < high
+    assert found["rows"][Path(teacher_folder).name]["speed"]["times_faster"] == 1
+    assert row["speed"]["from"] <= row["speed"]["times_faster"] <= row["speed"]["to"]
+    assert f"{scores['retrieval_ndcg10']:.2f}" in done.output
+    assert f"{low:.2f}–{high:.2f}" in done.output
+    assert (files / "out" / "comparison.png").stat().st_size > 1000
+
+
+SCRIPT = """
+import os, pathlib, sys
+pathlib.Path("seen.txt").write_text(" ".join([*sys.argv[1:], os.environ.get("ACCELERATE_MIXED_PRECISION", "")]))
+sys.exit("no" in sys.argv)
+"""
+
+
+def test_train_launches_a_recipe_with_its_flags_and_ends_as_it_does(files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "own.py").write_text(SCRIPT)
+    (files / "launch.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: bf16\n")
+    done = call("train", "own.py", "--config", "hpd_mpnet", "--accelerate_config", "launch.yaml", "--seed", "3", "--lora_r", 8)
+    assert done.exit_code == 0, done.output
+    first, config, *rest = (files / "seen.txt").read_text().split()
+    assert (first, rest) == ("--config", ["--seed", "3", "--lora_r", "8", "bf16"])
+    assert Path(config).read_text().startswith("#")
+    assert Path(config).parts[-3:] == ("recipes", "configs", "hpd_mpnet.yaml")
+    assert call("train", "own.py", "no").exit_code == 1
+    done = call("train", "hpb")
+    assert done.exit_code == 1
+    assert "train: hpb is neither a file nor one of demo, embed_distill, hpd," in done.output.replace("\n", " ")
+
+
 def test_evaluate_searches_a_collection(files, teacher_folder, collection):
     options = ["--retrieval", collection[0], "--split", "train", "--output", files / "scores.json"]
     done = call("evaluate", teacher_folder, *options)
@@ -107,6 +151,8 @@ def test_push_publishes_a_folder_with_its_card(files, student, hub):
         (["evaluate", "nobody/nothing", "--sts", "x"], "neither a folder here nor a repository"),
         (["evaluate", "nobody/nothing"], "expected --sts, --retrieval, or --teacher with --texts"),
         (["inspect", "."], "config.json"),
+        (["compare", "one", "two", "--output", "out"], "nothing to compare"),
+        (["train", "hpd", "--config", "nowhere"], "nowhere is neither a file nor one of embed_distill_msmarco, "),
         (["cache", "nobody/nothing", "nowhere.txt", "--folder", "c"], "nowhere.txt is neither a file"),
     ],
 )
@@ -120,7 +166,7 @@ def test_wrong_input_ends_with_its_message(words, message, files, monkeypatch):
 
 def test_every_command_has_an_example():
     commands = [command.callback.__name__ for command in app.registered_commands]
-    assert commands == ["cache", "evaluate", "inspect", "card", "push", "explain"]
+    assert commands == ["train", "cache", "evaluate", "compare", "inspect", "card", "push", "explain"]
     for name in commands:
         assert f"hf-distill {name} " in call(name, "--help").output
 

@@ -1,8 +1,10 @@
 import ast
+import configparser
 import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,8 +59,10 @@ def test_rooms_keep_to_themselves():
         "projection.py": ({"torch", "safetensors", "huggingface_hub"}, {"cache", "hub", "teachers"}),
         "hub.py": ({"transformers", "huggingface_hub"}, set()),
         "licenses.py": (set(), set()),
-        "evaluation/similarity.py": ({"numpy"}, {"data", "metrics"}),
-        "evaluation/retrieval.py": ({"torch", "numpy"}, {"data", "metrics"}),
+        "papers.py": (set(), set()),
+        "evaluation/uncertainty.py": ({"numpy"}, set()),
+        "evaluation/similarity.py": ({"numpy"}, {"data", "metrics", "uncertainty"}),
+        "evaluation/retrieval.py": ({"torch", "numpy"}, {"data", "metrics", "uncertainty"}),
     }
     for name, (outside, inside) in rules.items():
         found_outside, found_inside = imports(PACKAGE / name)
@@ -133,3 +137,15 @@ def test_everything_but_scores_works_without_the_extras():
     script = blocked + "\n".join(f"import hf_distill.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", script], check=True)
     assert all(importlib.util.find_spec(f"hf_distill.{name}") for name in modules)
+
+
+def test_the_wheel_holds_every_package_and_the_recipes():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    here = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert len(here) == 4
+    assert set(settings["packages"]) == {*here, "hf_distill.recipes"}
+    assert settings["package-dir"] == {"hf_distill.recipes": "recipes"}
+    data = configparser.ConfigParser()
+    data.read(ROOT / "setup.cfg")
+    kinds = data["options.package_data"]["hf_distill.recipes"].split(", ")
+    assert [len(list((ROOT / "recipes").glob(kind))) for kind in kinds] == [11, 5]

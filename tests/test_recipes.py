@@ -80,6 +80,13 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     for score in (scores["student"]["sts_avg"], scores["teacher, PCA 8"]["fidelity_neighbours"]):
         assert f"{score:.2f}" in said
     assert 'SentenceTransformer("' in said
+    speed = results["speed"]["rows"]
+    assert (list(speed), speed["teacher"]["times_faster"]) == (["teacher", "student"], 1)
+    weights = [tmp_path / "out" / name for name in ("model.safetensors", "2_Dense/model.safetensors")]
+    assert results["speed"]["student_mb"] == pytest.approx(sum(file.stat().st_size for file in weights) / 1e6, rel=1e-4)
+    low, high = results["rows"]["student"]["intervals"]["sts_avg"]
+    assert low < scores["student"]["sts_avg"] < high
+    assert f"({low:.2f}–{high:.2f})" in said
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"dimensions.png", "training.png"}
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert f"{scores['student']['sts_avg']:.2f}" in card.text

@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import re
@@ -7,11 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_distill.evaluation.similarity import STS_SETS
+from hf_distill.papers import PAPERS
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 RUNS = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+TEMPLATE = (ROOT / "hf_distill" / "card_template.md").read_text()
+NUMBER = re.compile(r"[0-9a-f]{12}\b|\d+(?:\.\d+)?(?:e-?\d+)?")
 STUDENTS = {name: run for name, run in RUNS.items() if "rows" in run}
 
 
@@ -41,6 +45,36 @@ def test_card_is_made_from_the_result(name):
     assert listed == {name: round(value, 2) for name, value in tests.items()}
     for plot in re.findall(r"\]\(\.\./(.*\.png)\)", card.text):
         assert (ROOT / plot).is_file()
+
+
+def numbers(value):
+    """Return every number of a result as a card may write it."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers, value), *map(numbers, value.values()))
+    if isinstance(value, (list, tuple)):
+        return {str(len(value))}.union(*map(numbers, value))
+    if isinstance(value, str):
+        return set(NUMBER.findall(value))
+    if value is None or isinstance(value, bool):
+        return set()
+    return {str(value), *(f"{one:.{digits}f}" for one in (value, 100 * value, value / 1e6) for digits in range(3))}
+
+
+def said_without_source(card, results):
+    """Return the numbers of a card that are not in the result, the template's own words, or the paper's citation."""
+    made_by = json.dumps(results["teacher_fingerprint"], sort_keys=True).encode()
+    known = numbers(results) | set(NUMBER.findall(TEMPLATE)) | set(NUMBER.findall(PAPERS[results["paper"]].bibtex))
+    known |= {hashlib.sha256(made_by).hexdigest()[:12], results["data"]["sha256"][:12]}
+    return {number for number in NUMBER.findall(card) if number not in known}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_card_says_no_number_that_its_result_lacks(name):
+    card = (ROOT / "model_cards" / f"{name}.md").read_text()
+    assert len(NUMBER.findall(card)) > 100
+    assert said_without_source(card, STUDENTS[name]) == set()
+    params = f"{STUDENTS[name]['rows']['student']['parameters'] / 1e6:.1f}"
+    assert said_without_source(card.replace(params, "98765.4"), STUDENTS[name]) == {"98765.4"}
 
 
 def test_making_tables_and_cards_again_changes_nothing():

@@ -7,7 +7,7 @@ from conftest import make_backbone, make_texts
 from transformers import AutoModel, AutoTokenizer
 
 from hf_distill import EncoderTeacher, JointTeacher, PCAProjection, StudentModel, Teacher, TeacherCache
-from hf_distill.teachers import fetch
+from hf_distill.teachers import AnchoredTeacher, TwoTowerTeacher, fetch
 
 
 def change(folder, file, **settings):
@@ -294,6 +294,19 @@ def test_a_teacher_in_eight_bits_is_close_and_another_teacher(texts, tmp_path):
     cosine = (small.encode(texts) * plain.encode(texts)).sum(1)
     assert 0.9 < cosine.min() < 0.99999
     assert small.fingerprint["weights"] != plain.fingerprint["weights"]
+
+
+def test_every_teacher_leads_to_the_one_that_runs(teacher, tmp_path):
+    cache = TeacherCache(teacher, tmp_path / "cache")
+    cache.add(["a cat", "a dog", "a hen", "a fox"])
+    projected = cache.project(PCAProjection.fit(cache, dim=2))
+    wrapped = (teacher, cache, projected, AnchoredTeacher(projected), TwoTowerTeacher(cache, cache))
+    assert [one.live for one in wrapped] == [teacher] * 5
+    joint = JointTeacher([cache, teacher], weights=[1, 3]).live
+    assert (joint.teachers, joint.weights) == ([teacher, teacher], [0.25, 0.75])
+    vectors = TeacherCache.from_embeddings(["a cat"], teacher.encode(["a cat"]), tmp_path / "given", "an API")
+    assert vectors.live is None
+    assert JointTeacher([vectors, teacher]).live is None
 
 
 def test_eight_bits_without_bitsandbytes_name_the_extra(backbone_folder, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..data import load_texts
+from .uncertainty import interval
 
 
 Encode = Callable[[list[str]], Any]
@@ -85,6 +86,7 @@ class BitextEvaluator:
                     "other pairs. Correct the files."
                 )
         self.pairs, self.groups, self.dims, self.name = dict(pairs), dict(groups or {}), dims, name
+        self._last: list[np.ndarray] = []  # for each language, how much of each pair was found: 0, 50 or 100
         unknown = sorted({code for codes in self.groups.values() for code in codes} - pairs.keys())
         if unknown or not all(self.groups.values()):
             raise ValueError(f"BitextEvaluator: groups name {unknown}, expected languages of the set, {sorted(pairs)}.")
@@ -98,20 +100,28 @@ class BitextEvaluator:
         row = {text: i for i, text in enumerate(self.texts())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}
+        self._last = []
         for dim in (None, *(dim for dim in self.dims if dim <= vectors.shape[1])):
             found = {}
             for code, sides in self.pairs.items():
                 first, second = (_unit(vectors[[row[text] for text in side], :dim]) for side in sides)
                 cosines, rows = first @ second.T, np.arange(len(first))
-                both = [100 * float((cosines.argmax(axis) == rows).mean()) for axis in (1, 0)]
+                right = 100.0 * np.stack([cosines.argmax(axis) == rows for axis in (1, 0)])
+                both = right.mean(1).tolist()
                 found[code] = float(np.mean(both))
                 if dim is None:
+                    self._last.append(right.mean(0))
                     scores[f"{self.name}:{code}>eng"], scores[f"{self.name}:eng>{code}"] = both
                     scores[f"{self.name}:{code}"] = found[code]
             for group, codes in {"avg": list(found), **self.groups}.items():
                 name = f"{self.name}_{group}" if dim is None else f"{self.name}_{group}@{dim}"
                 scores[name] = float(np.mean([found[code] for code in codes]))
         return scores
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Return the 95 % bootstrap interval of the last call's mean over the languages, over the pairs of each."""
+        parts = [(len(values), lambda rows, values=values: values[rows].mean()) for values in self._last]
+        return {f"{self.name}_avg": interval(parts)} if parts else {}
 
 
 def mine_bitext(sources: Any, targets: Any, k: int = 4, margin: str = "ratio") -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 """What a run measured: results.json, tables and plots."""
 
 import contextlib
+import csv
 import importlib
 import importlib.metadata
 import json
@@ -13,13 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..layout import check_layout
+from ..hub import NOT_PUBLISHED, PROJECTION_FILE, files_of
+from ..layout import check_layout, open_student
 from ..processes import score
+from .uncertainty import timings
 
 
 _PACKAGES = ("hf_distill", "torch", "transformers", "datasets", "accelerate", "sentence-transformers", "safetensors")
@@ -57,7 +61,10 @@ class RunReport:
             prefixes: Whether its first dimensions are an embedding of their own.
         """
         scores = {key: value for key, value in score(self.evaluators, encode).items() if prefixes or "@" not in key}
+        own = [getattr(evaluator, "intervals", dict)() for evaluator in self.evaluators]  # a plain function has none
+        intervals = {key: value for found in own for key, value in found.items()}
         self.rows[name] = {"parameters": parameters, "dim": dim, "scores": scores}
+        self.rows[name] |= {"intervals": intervals} if intervals else {}
 
     def finish(self, trainer: Any, recipe: Any, data: Mapping[str, Any], **facts: Any) -> str:
         """Write everything into the trainer's output folder; return the closing table and how to load the student.
@@ -84,6 +91,7 @@ class RunReport:
             "data": data,
             **facts,
             "rows": self.rows,
+            "speed": measure_speed(trainer, folder),
             "hyperparameters": {
                 "steps": trainer.state.global_step,
                 "epochs": round(trainer.state.epoch or 0, 2),
@@ -95,6 +103,7 @@ class RunReport:
                 "dropout": recipe.dropout,
             },
             "timings_s": self.timings_s,
+            "co2_eq_emissions": _emissions(folder),
             "license": recipe.license,
             "language": recipe.language,
             "provenance": provenance(args.seed),
@@ -122,6 +131,35 @@ class RunReport:
                 'model.encode(["A text."])',
             ]
         )
+
+
+def measure_speed(trainer: Any, folder: Path, count: int = 64) -> dict[str, Any]:
+    """Return texts per second of the live teacher and of the student in the folder, side by side; and the student's megabytes.
+
+    Args:
+        trainer: The `DistillationTrainer`, whose first texts (of the first column) are encoded.
+        folder: Where the student was saved.
+        count: Texts at once.
+    """
+    student = open_student(folder).to(trainer.args.device)
+    texts = [row[trainer.columns[0]] for row in islice(iter(trainer.train_dataset), count)]
+    encoders = {"student": student.encode}
+    if trainer.teacher is not None and trainer.teacher.live is not None:
+        encoders = {"teacher": trainer.teacher.live.encode, **encoders}
+    weights = [path for path in files_of(folder, (*NOT_PUBLISHED, PROJECTION_FILE)).values() if path.suffix == ".safetensors"]
+    megabytes = sum(path.stat().st_size for path in weights) / 1e6
+    return {"texts": len(texts), "student_mb": megabytes, "rows": timings(encoders, texts)}
+
+
+def _emissions(folder: Path) -> dict[str, Any] | None:
+    """Return what codecarbon wrote (`--report_to codecarbon`), in grams, as the Hub's metadata want it; None for nothing."""
+    path = folder / "emissions.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        grams = sum(1000 * float(row["emissions"]) for row in csv.DictReader(file))  # a row for each part of a resumed run
+    source = "codecarbon; the training, without what caching the teacher took"
+    return {"emissions": grams, "source": source, "training_type": "distillation", "hardware_used": _hardware()}
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -227,8 +265,9 @@ def score_table(results: Mapping[str, Any]) -> str:
     """Return the rows of results.json as a table: the scores at full width, with short headings."""
     rows = {}
     for name, row in results["rows"].items():
-        scores = {_heading(key): value for key, value in row["scores"].items() if not set(key) & set("@:")}
-        cells = {heading: value for heading, value in scores.items() if heading}
+        sure = {key: f" ({low:.2f}–{high:.2f})" for key, (low, high) in row.get("intervals", {}).items()}
+        scores = {key: f"{value:.2f}{sure[key]}" if key in sure else value for key, value in row["scores"].items()}
+        cells = {_heading(key): value for key, value in scores.items() if _heading(key) and not set(key) & set("@:")}
         rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
     return table(rows)
 
@@ -254,6 +293,13 @@ def dimension_table(results: Mapping[str, Any]) -> str:
     return table(rows) if rows else ""
 
 
+def speed_table(results: Mapping[str, Any]) -> str:
+    """Return texts per second of teacher and student, side by side; "" where they were not measured."""
+    rows = results.get("speed", {}).get("rows", {})
+    short = {"texts_per_s": "texts/s", "times_faster": "× as fast", "from": "from", "to": "to"}
+    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()}) if rows else ""
+
+
 def language_table(results: Mapping[str, Any]) -> str:
     """Return a line a language: the pairs that were trained on, and every row's accuracy, both directions' mean; or ""."""
     found = _languages(results)
@@ -270,8 +316,9 @@ def _languages(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {code: {name: row["scores"][f"{test}:{code}"] for name, row in results["rows"].items()} for code in codes}
 
 
-def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the report as a table with short headings."""
+def index_table(results: Mapping[str, Any]) -> str:
+    """Return the report of indexes as a table with short headings; "" where there is none."""
+    rows = results.get("index", {})
     short = {
         "dim": "dim",
         "mb_per_million": "MB per million",
@@ -286,7 +333,7 @@ def index_table(rows: Mapping[str, Mapping[str, float]]) -> str:
         "times_faster_batch": "× faster, batch",
         "build_s": "build s",
     }
-    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()})
+    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()}) if rows else ""
 
 
 def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
@@ -373,6 +420,23 @@ def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
         for i, kind in enumerate(kinds)
     ]
     figure.legend(handles=shown, loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_comparison(path: Path, rows: Mapping[str, Mapping[str, Any]], score: str) -> None:
+    """Draw a score over "parameters M" and over "times as fast", a point an encoder."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for axes, what in zip(panels, ("parameters M", "times as fast"), strict=True):
+        for name, row in rows.items():
+            axes.plot(row[what], row[score], "o")
+            axes.annotate(name, (row[what], row[score]), textcoords="offset points", xytext=(6, 4), fontsize="small")
+        axes.set(xscale="log")
+        axes.margins(x=0.25)  # room for the names
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"{_heading(score)} × 100", xlabel="parameters (millions)")
+    panels[1].set(xlabel=f"encode speed, times that of {next(iter(rows))}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

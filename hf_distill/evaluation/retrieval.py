@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data import load_texts
+from .uncertainty import interval
 
 
 try:
-    from .metrics.retrieval_measures import retrieval_measures
+    from .metrics.retrieval_measures import query_measures
 except ImportError as error:
     raise ImportError(f"Retrieval scores need {error.name}. Install it with: pip install 'hf_distill[retrieval]'") from error
 
@@ -200,6 +201,7 @@ class RetrievalEvaluator:
                 "vectors of others."
             )
         self.data, self.documents, self.dims, self.name, self.chunk = data, documents, dims, name, chunk
+        self._last: dict[str, dict[str, float]] = {}  # measure -> query -> value
         self._query, self._document = ({"prompt_name": side} if side else {} for side in prompt_names or (None, None))
 
     def texts(self) -> list[str]:
@@ -226,11 +228,17 @@ class RetrievalEvaluator:
                 )
             for width, search in zip(widths, searches, strict=True):
                 search.add(_unit(block[:, :width]))
-        scores = {f"{self.name}_{measure}": value for measure, value in self._measure(searches[0]).items()}
+        self._last = self._measure(searches[0])
+        scores = {f"{self.name}_{measure}": _mean(values) for measure, values in self._last.items()}
         for dim in self.dims:
             if dim in widths:
-                scores[f"{self.name}_ndcg10@{dim}"] = self._measure(searches[widths.index(dim)])["ndcg10"]
+                scores[f"{self.name}_ndcg10@{dim}"] = _mean(self._measure(searches[widths.index(dim)])["ndcg10"])
         return scores
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Return the 95 % bootstrap interval of the last call's nDCG@10 over its queries."""
+        values = np.array(list(self._last.get("ndcg10", {}).values()))
+        return {f"{self.name}_ndcg10": interval([(len(values), lambda rows: values[rows].mean())])} if len(values) else {}
 
     def _blocks(self, encode: Encode) -> Iterator[Tensor]:
         if self.documents is not None:
@@ -240,12 +248,16 @@ class RetrievalEvaluator:
         while window := list(islice(texts, self.chunk)):
             yield torch.as_tensor(encode(window, **self._document)).float()
 
-    def _measure(self, search: ExactSearch) -> dict[str, float]:
+    def _measure(self, search: ExactSearch) -> dict[str, dict[str, float]]:
         ids, run = list(self.data.documents), {}
         for query, scores, rows in zip(self.data.queries, search.scores.tolist(), search.rows.tolist(), strict=True):
             found = {ids[row]: score for row, score in zip(rows, scores, strict=True) if ids[row] != query}
             run[query] = dict(list(found.items())[:_DEPTH])
-        return retrieval_measures(run, self.data.relevant)
+        return query_measures(run, self.data.relevant)
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _unit(vectors: Tensor) -> Tensor:

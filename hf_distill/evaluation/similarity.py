@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..data import load_texts
-from .metrics.cosine_spearman import cosine_spearman
+from .metrics.cosine_spearman import cosine_spearman, cosines, rank_correlation
 from .metrics.embedding_fidelity import embedding_fidelity
+from .uncertainty import interval
 
 
 Encode = Callable[[list[str]], Any]
@@ -50,6 +51,7 @@ class STSEvaluator:
         dims: Sequence[int] = (),
     ) -> None:
         self.dims = dims
+        self._last: dict[str, np.ndarray] = {}  # cosines of the pairs, by set
         self.sets: dict[str, tuple[list[str], list[str], np.ndarray]] = {}
         for name, (file, hub_id, split) in (sets or STS_SETS).items():
             rows = load_texts(_file(Path(source), file) if source else hub_id, split=split)
@@ -77,10 +79,20 @@ class STSEvaluator:
                 score = cosine_spearman(a, b, human)
                 if dim is None:
                     scores[f"sts_{name}"] = score
+                    self._last[name] = cosines(a, b)
                 means.setdefault("sts_avg" if dim is None else f"sts_avg@{dim}", []).append(score)
         if len(self.sets) == 1:
             return scores
         return scores | {name: float(np.mean(values)) for name, values in means.items()}
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Return the 95 % bootstrap interval of the last call's mean (of the only set, where there is one) over its pairs."""
+        both = {name: (own, self.sets[name][2]) for name, own in self._last.items()}
+        parts = [
+            (len(human), lambda rows, own=own, human=human: rank_correlation(own[rows], human[rows]))
+            for own, human in both.values()
+        ]
+        return {"sts_avg" if len(parts) > 1 else f"sts_{next(iter(self.sets))}": interval(parts)} if parts else {}
 
 
 def _file(folder: Path, stem: str) -> Path:

@@ -25,7 +25,7 @@ def section(name: str, results: dict, indexes: bool = True) -> str:
     if "documents" in data:
         text = f"{data['queries']} queries to train on, {data['documents']} documents: {data['name']}."
     parts = [score_table(results), dimension_table(results), language_table(results)]
-    parts.append(index_table(results["index"]) if indexes and "index" in results else "")
+    parts.append(index_table(results) if indexes else "")
     return "\n\n".join(
         [
             *filter(None, parts),

@@ -36,6 +36,20 @@ def test_accuracy_of_both_directions_by_hand():
     assert scores["tatoeba_avg@1"] == alone["tatoeba_avg"] != 75
 
 
+def test_the_interval_is_over_pairs_of_each_language():
+    pairs = {code: ([f"{code} {i}" for i in range(200)], [f"eng {i}" for i in range(200)]) for code in ("deu", "fra")}
+    # A quarter of the German sentences stand where the next one's translation is; all of the French are right.
+    turn = {f"deu {i}": i + 1 if i % 4 == 0 else i for i in range(200)}
+    evaluator = BitextEvaluator(pairs)
+    assert evaluator.intervals() == {}
+    scores = evaluator(lambda texts: np.eye(201)[[turn.get(text, int(text.split()[1])) for text in texts]])
+    low, high = evaluator.intervals()["tatoeba_avg"]
+    assert low < scores["tatoeba_avg"] < high
+    found = evaluator._last[0]
+    half = 1.96 * found.std() / 200**0.5 / 2  # French does not vary
+    assert (high - low) / 2 == pytest.approx(half, rel=0.2)
+
+
 def test_a_sentence_is_encoded_once():
     seen = []
 

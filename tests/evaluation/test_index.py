@@ -90,7 +90,7 @@ def test_signs_are_rescored_with_the_queries_floats(texts):
 
 
 def test_table_and_picture(report, tmp_path):
-    text = index_table(report)
+    text = index_table({"index": report})
     assert len(text.splitlines()) == 2 + len(report)
     assert "× smaller" in text
     draw_index(tmp_path / "index.png", report)

@@ -299,6 +299,8 @@ def test_seconds_of_one_name_add_up(monkeypatch):
 
 def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "check_layout", lambda folder: {"AutoModel": f"checked {folder}"})
+    monkeypatch.setattr(report, "measure_speed", lambda trainer, folder: {"student_mb": 1.5})
+    (tmp_path / "emissions.csv").write_text("project,emissions\none,0.25\none,0.5\n")
     cards = []
     trainer = SimpleNamespace(
         args=SimpleNamespace(
@@ -334,6 +336,7 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
         "dropout": 0.0,
     }
     assert (results["recipe"], results["paper"], results["teacher"]) == ("hpd", "2203.07687", "the teacher")
+    assert (results["speed"], results["co2_eq_emissions"]["emissions"]) == ({"student_mb": 1.5}, 750.0)
     assert (results["data"], results["projection"]) == ({"name": "texts"}, {"dim": 128})
     assert (results["license"], results["language"], results["provenance"]["seed"]) == ("mit", None, 11)
     assert results["layout"] == {"AutoModel": f"checked {tmp_path}"}

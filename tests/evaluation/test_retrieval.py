@@ -3,6 +3,7 @@ import json
 import math
 
 import evaluate
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -77,6 +78,19 @@ def test_search_keeps_the_best_whatever_the_chunks():
             search.add(block)
         assert torch.equal(search.rows, expected.indices)
         assert torch.allclose(search.scores, expected.values)
+
+
+def test_the_interval_is_that_of_the_mean_over_queries():
+    evaluator = RetrievalEvaluator(make(100, 40), name="dev")
+    assert evaluator.intervals() == {}  # nothing was searched yet
+    scores = evaluator(encode)
+    data = make(100, 40)
+    alone = [RetrievalData(data.documents, data.queries, {q: data.relevant[q]}) for q in data.relevant]
+    values = np.array([naive(one)["retrieval_ndcg10"] for one in alone])
+    assert scores["dev_ndcg10"] == pytest.approx(values.mean())
+    half = 1.96 * values.std() / len(values) ** 0.5
+    expected = (values.mean() - half, values.mean() + half)
+    assert evaluator.intervals() == {"dev_ndcg10": pytest.approx(expected, abs=0.2 * half)}
 
 
 def test_vectors_that_exist_are_not_encoded_again():

@@ -78,6 +78,27 @@ def test_each_set_has_its_own_score_and_the_average_counts_each_once(tmp_path):
     assert all(type(value) is float for value in scores.values())
 
 
+def test_the_interval_of_the_mean_is_over_pairs_of_each_set(tmp_path, rng):
+    evaluator = STSEvaluator(write_sets(tmp_path))
+    assert evaluator.intervals() == {}  # nothing was scored yet
+    for name, (first, second, _) in evaluator.sets.items():  # larger sets, whose scores follow the cosines but for noise
+        evaluator.sets[name] = (first * 50, second * 50, np.tile(COSINES, 50) + rng.normal(scale=0.3, size=200))
+    scores = evaluator(encode)
+    assert evaluator.intervals().keys() == {"sts_avg"}
+    low, high = evaluator.intervals()["sts_avg"]
+    assert low < scores["sts_avg"] < high
+    single = STSEvaluator(tmp_path, sets={"STS-B": STS_SETS["STS-B"]})
+    single.sets["STS-B"] = evaluator.sets["STS-B"]
+    score = single(encode)["sts_STS-B"]
+    left, right = single.intervals()["sts_STS-B"]
+    assert left < score < right
+    assert 2 < (right - left) / (high - low) < 3.2  # seven sets of one spread: narrower by the root of seven, 2.65
+
+
+def test_what_is_all_the_same_agrees_with_nothing():
+    assert cosine_spearman(np.ones((4, 2)), np.ones((4, 2)), [1, 2, 3, 4]) == 0
+
+
 def test_tied_scores_share_their_rank():
     first = np.tile([1.0, 0.0], (4, 1))
     second = np.array([[c, math.sqrt(1 - c * c)] for c in COSINES])

@@ -12,7 +12,15 @@ MEASURES = {"ndcg10": "nDCG@10", "mrr10": "RR@10", "recall10": "R@10", "recall10
 def retrieval_measures(
     run: dict[str, dict[str, float]], relevant: dict[str, dict[str, int]], measures: dict[str, str] = MEASURES
 ) -> dict[str, float]:
-    """Return the mean of each measure over the queries, times 100, as trec_eval computes them (through ir-measures).
+    """Return the mean of each measure over the queries, times 100; arguments and errors as those of `query_measures`."""
+    found = query_measures(run, relevant, measures)
+    return {name: sum(values.values()) / len(relevant) for name, values in found.items()}
+
+
+def query_measures(
+    run: dict[str, dict[str, float]], relevant: dict[str, dict[str, int]], measures: dict[str, str] = MEASURES
+) -> dict[str, dict[str, float]]:
+    """Return measure -> query -> its value, times 100, as trec_eval computes it (through ir-measures).
 
     Args:
         run: Query id -> document id -> score, higher is better. A judged query that is not in it counts 0.
@@ -29,10 +37,11 @@ def retrieval_measures(
             "The mean would be over the others. Leave them out of the run, or add their judgements."
         )
     parsed = {name: ir_measures.parse_measure(measure) for name, measure in measures.items()}
-    totals = dict.fromkeys(measures, 0.0)
+    found = {name: dict.fromkeys(relevant, 0.0) for name in measures}
     for value in ir_measures.iter_calc(list(parsed.values()), relevant, run):
-        totals[next(name for name, measure in parsed.items() if measure == value.measure)] += value.value
-    return {name: 100 * total / len(relevant) for name, total in totals.items()}
+        name = next(name for name, measure in parsed.items() if measure == value.measure)
+        found[name][value.query_id] = 100 * value.value
+    return found
 
 
 class RetrievalMeasures(evaluate.Metric):
