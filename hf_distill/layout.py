@@ -96,8 +96,11 @@ def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB",
         ValueError: If its loaders disagree, or as `publish` says.
     """
     with tempfile.TemporaryDirectory() as made:
-        folder, source = Path(made), Path(student.name_or_path or "/")
+        folder, source = Path(made) / "student", Path(student.name_or_path or "/")
         student.save_pretrained(folder, max_shard_size=max_shard_size)
+        senses = student.settings.get("senses", {}).get("name", "")
+        if senses.startswith("../"):  # where a reader will find them, too
+            student.dictionary.save_pretrained(folder / senses)
         check_layout(folder)
         weights = [path for path in files_of(folder) if path.endswith(".safetensors")]
         if all((source / path).is_file() and filecmp.cmp(folder / path, source / path, shallow=False) for path in weights):

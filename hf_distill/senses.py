@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -155,20 +155,23 @@ class SenseDictionary:
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
 
-    def push_to_hub(self, name: str, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to a repository of its own; return its full id.
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Publish what `save_pretrained` writes in one commit, as a repository of its own; return the address of its page.
 
         Args:
             name: Of the repository; it is made if there is none.
-            private: Whether a new one is private.
-            token: Of the Hub; the one that is logged in with if not given.
+            **options: Of `hf_distill.hub.publish`: private, revision, token, message.
+
+        Raises:
+            ImportError: Where this file came with a student alone, without hf_distill.
         """
-        api = HfApi(token=token)
+        try:  # the check of remote code looks past what is tried
+            from hf_distill.hub import publish
+        except ImportError as error:
+            raise ImportError("SenseDictionary: to publish one takes hf_distill. Install it: pip install hf_distill") from error
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            found = api.create_repo(name, private=private, exist_ok=True).repo_id
-            api.upload_folder(repo_id=found, folder_path=folder, commit_message="Sense dictionary")
-        return found
+            return publish(folder, name, **{"message": "Sense dictionary", **options})
 
     def card(self) -> str:
         """Return the card of its repository, made from the facts."""

@@ -368,7 +368,8 @@ class DistillationTrainer(Trainer):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             kept = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             also = {kept: stage / "_checkpoint"}
-            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link)
+            mine = shutil.ignore_patterns("training_args.bin")  # names folders of this machine, and nothing asks for it
+            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link, ignore=mine)
         message = f"Training in progress, step {self.state.global_step}"
         options = {"revision": args.hub_revision, "token": args.hub_token, "message": message, "also": also}
 

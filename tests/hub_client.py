@@ -27,21 +27,21 @@ def open_plain(repo, texts):
     return {"class": type(model).__name__, "lost": sorted([*info["missing_keys"], *info["unexpected_keys"]])}
 
 
-def open_sentence_transformers(repo, texts):
+def open_sentence_transformers(repo, texts, revision=None):
     hide("hf_distill")
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(repo, device="cpu")
+    model = SentenceTransformer(repo, revision=revision, device="cpu")
     return {"vectors": model.encode(texts).tolist(), "file": sys.modules[type(model).__module__].__file__}
 
 
-def open_ours(repo, texts):
+def open_ours(repo, texts, revision=None, projected=False):
     hide("sentence_transformers")
     from hf_distill import PCAProjection, StudentModel
 
-    model = StudentModel.from_pretrained(repo)
+    model = StudentModel.from_pretrained(repo, revision=revision)
     facts = {"vectors": model.encode(texts).tolist(), "file": sys.modules[type(model).__module__].__file__}
-    return {**facts, "projection": PCAProjection.from_pretrained(repo).dim}
+    return {**facts, "projection": PCAProjection.from_pretrained(repo).dim if projected else None}
 
 
 def open_pieces(vectors, projection, texts):

@@ -16,6 +16,9 @@ import hf_distill
 from hf_distill import PCAProjection, StudentModel
 from hf_distill.hub import publish
 from hf_distill.layout import check_layout
+from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.sense_builder import build_senses
+from hf_distill.token_teacher import TokenTeacher
 from hub_server import CUT, HANG, HubServer
 
 
@@ -23,8 +26,12 @@ CLIENT = Path(__file__).with_name("hub_client.py")
 modes = pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 
 
+SECRETS = {"WANDB_API_KEY": "not-for-anybody-1", "AWS_SECRET_ACCESS_KEY": "not-for-anybody-2"}
+
+
 def start(hub, home, scenario, **options):
-    env = {**os.environ, **hub.env(home), "PYTHONPATH": str(Path(hf_distill.__file__).parents[1])}
+    env = {**os.environ, **hub.env(home), **SECRETS, "PYTHONPATH": str(Path(hf_distill.__file__).parents[1])}
+    env |= {"HF_HUB_OFFLINE": "1"} if options.pop("offline", False) else {}
     command = [sys.executable, str(CLIENT), scenario, json.dumps(options)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -80,7 +87,8 @@ def test_the_whole_flow(xet, teacher_folder, backbone_folder, texts, tmp_path):
         root = {path for path in files if "/" not in path}
         assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"} & root
         assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= files.keys()
-        assert not [path for path, data in files.items() if secret.encode() in data]
+        hidden = [word.encode() for word in (secret, *SECRETS.values(), str(tmp_path), f"{Path.home()}/")]
+        assert not [(path, word) for path, data in files.items() for word in hidden if word in data]
         card = ModelCard(files["README.md"].decode())
         assert card.data.library_name == "sentence-transformers"
         assert "alice/tiny" in card.text
@@ -97,7 +105,8 @@ def test_the_whole_flow(xet, teacher_folder, backbone_folder, texts, tmp_path):
         scenarios = ("open_ours", "open_transformers", "open_sentence_transformers", "open_plain")
         for number, scenario in enumerate(scenarios, 1):
             before = len(hub.sent(weights))
-            found = client(hub, tmp_path / str(number), scenario, repo="alice/tiny", texts=texts[:4])
+            more = {"projected": True} if scenario == "open_ours" else {}
+            found = client(hub, tmp_path / str(number), scenario, repo="alice/tiny", texts=texts[:4], **more)
             assert len(hub.sent(weights)) > before, scenario  # over HTTP, not from a cache
             if scenario == "open_plain":
                 assert found == {"class": "BertModel", "lost": []}
@@ -323,3 +332,39 @@ def test_a_teacher_cache_and_a_projection_open_by_id_in_place_of_being_made(hub,
     assert str(tmp_path / "home") in found["folder"]
     assert np.array_equal(found["vectors"], cache.encode(texts).numpy())
     assert np.array_equal(found["projected"], projection(cache.encode(texts)).numpy())
+
+
+def test_a_student_that_speaks_senses_finds_its_dictionary_beside_it(hub, backbone_folder, texts, tmp_path):
+    teacher = TokenTeacher(backbone_folder, dtype="float32")
+    dictionary = build_senses(teacher, texts, tmp_path / "states", k=3, cap=20)
+    student = MultiSenseStudent.from_backbone(backbone_folder, layers=[0, 2])
+    student.attach(dictionary, "../speaker-senses")
+    assert dictionary.push_to_hub("alice/speaker-senses", private=True) == f"{hub.url}/alice/speaker-senses"
+    assert {"senses.safetensors", "tokenizer.json", "README.md"} <= hub.files("alice/speaker-senses").keys()
+    assert len(hub.store.repos["models", "alice/speaker-senses"].commits) == 2  # it was made, and filled at once
+    student.push_to_hub("alice/speaker")
+    before = len(hub.log)
+    found = client(hub, tmp_path / "home", "open_transformers", repo="alice/speaker", texts=texts[:4])
+    assert any("speaker-senses" in one.path for one in hub.sent("", before))
+    assert found["class"] == "MultiSenseStudent"
+    assert np.allclose(found["vectors"], student.eval().encode(texts[:4]), atol=1e-5)
+    student.dictionary = None
+    assert not np.allclose(found["vectors"], student.encode(texts[:4]), atol=1e-2)
+
+
+@pytest.mark.parametrize("scenario", ["open_transformers", "open_sentence_transformers"])
+def test_a_revision_can_be_pinned_and_what_came_once_opens_offline(scenario, hub, student, texts, tmp_path):
+    student.eval().push_to_hub("alice/pinned")
+    first, wanted = hub.tip("alice/pinned"), student.encode(texts[:4])
+    with torch.no_grad():
+        student.projection.weight.normal_(generator=torch.Generator().manual_seed(1))
+    student.push_to_hub("alice/pinned")
+    assert hub.tip("alice/pinned") != first
+    options = {"repo": "alice/pinned", "texts": texts[:4], "revision": first}
+    found = client(hub, tmp_path / "home", scenario, **options)
+    assert np.allclose(found["vectors"], wanted, atol=1e-5)
+    assert not np.allclose(wanted, student.encode(texts[:4]), atol=1e-2)
+    asked = len(hub.log)
+    again = client(hub, tmp_path / "home", scenario, **options, offline=True)
+    assert again["vectors"] == found["vectors"]
+    assert len(hub.log) == asked

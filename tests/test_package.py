@@ -41,7 +41,7 @@ def test_rooms_keep_to_themselves():
         "losses/lealla.py": ({"torch"}, {"base"}),
         "losses/multi_sense.py": ({"torch"}, {"base"}),
         "losses/similarity.py": ({"torch"}, {"base"}),
-        "senses.py": ({"torch", "transformers", "safetensors", "huggingface_hub"}, set()),
+        "senses.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "hf_distill"}, set()),
         "multi_sense.py": ({"torch", "transformers"}, {"senses", "student"}),
         "token_teacher.py": ({"torch", "transformers", "numpy"}, {"senses", "student", "teachers"}),
         "sense_builder.py": (
