@@ -163,6 +163,10 @@ def test_every_number_of_the_score_table_is_that_of_results_json(make, tmp_path)
             expected[column] = "–" if value is None else f"{value:.2f}"
         assert scores[name] == expected
     assert dimensions == {"student": {"fidelity ρ @32": "80.13", "STS avg @32": "61.23"}}
+    kept = {**RESULTS["rows"]["student"]["scores"], "sts_avg@int8": 75.049, "sts_avg@binary": 70.5}
+    _, dimensions, precisions = tables(make(changed(rows__student__scores=kept)))
+    assert list(dimensions["student"]) == ["fidelity ρ @32", "STS avg @32"]
+    assert precisions == {"student": {"STS avg @int8": "75.05", "STS avg @binary": "70.50"}}
 
 
 def test_changed_results_change_the_card(make):

@@ -60,7 +60,8 @@ class RunReport:
             dim: Length of its embeddings.
             prefixes: Whether its first dimensions are an embedding of their own.
         """
-        scores = {key: value for key, value in score(self.evaluators, encode).items() if prefixes or "@" not in key}
+        scores = score(self.evaluators, encode)
+        scores = {key: value for key, value in scores.items() if prefixes or not key.partition("@")[2].isdigit()}
         own = [getattr(evaluator, "intervals", dict)() for evaluator in self.evaluators]  # a plain function has none
         intervals = {key: value for found in own for key, value in found.items()}
         self.rows[name] = {"parameters": parameters, "dim": dim, "scores": scores}
@@ -283,13 +284,22 @@ def _heading(key: str) -> str | None:
 
 
 def dimension_table(results: Mapping[str, Any]) -> str:
-    """Return the scores of the first k dimensions, for each k that was measured."""
+    """Return the scores of the first k dimensions, for each k that was measured; "" for none."""
+    return _form_table(results, str.isdigit)
+
+
+def precision_table(results: Mapping[str, Any]) -> str:
+    """Return the scores with 8 bits a number and with one, where they were measured; "" for none."""
+    return _form_table(results, lambda form: not form.isdigit())
+
+
+def _form_table(results: Mapping[str, Any], wanted: Callable[[str], bool]) -> str:
     rows: dict[str, dict[str, float]] = {}
     for name, row in results["rows"].items():
         for key, value in row["scores"].items():
-            score, _, dim = key.partition("@")
-            if dim and score in _BY_DIMENSION:
-                rows.setdefault(name, {})[f"{_heading(score)} @{dim}"] = value
+            score, _, form = key.partition("@")
+            if form and wanted(form) and score in _BY_DIMENSION:
+                rows.setdefault(name, {})[f"{_heading(score)} @{form}"] = value
     return table(rows) if rows else ""
 
 
@@ -352,12 +362,14 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
         axes.grid(alpha=0.3)
         figure.savefig(folder / "training.png", dpi=120)
         drawn.append("training.png")
-    kinds = [kind for kind in _BY_DIMENSION if any(f"{kind}@" in k for k in _keys(results))]
+    cut = {key.partition("@")[0] for key in _keys(results) if key.partition("@")[2].isdigit()}
+    kinds = [kind for kind in _BY_DIMENSION if kind in cut]
     if kinds:
         figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.5), layout="constrained", squeeze=False)
         for axes, kind in zip(panels[0], kinds, strict=True):
             for name, row in results["rows"].items():
-                points = [(int(k.split("@")[1]), v) for k, v in row["scores"].items() if k.startswith(f"{kind}@")]
+                parts = ((*key.partition("@")[::2], value) for key, value in row["scores"].items())
+                points = [(int(dim), value) for score, dim, value in parts if score == kind and dim.isdigit()]
                 if points:
                     axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
                 elif kind in row["scores"]:

@@ -68,19 +68,19 @@ class STSEvaluator:
         return list(dict.fromkeys(text for first, second, _ in self.sets.values() for text in first + second))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean at each of `dims`; of one set no mean."""
+        """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean of each of the `forms`; of one set no mean."""
         row = {text: i for i, text in enumerate(self.texts())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}
         means: dict[str, list[float]] = {}
-        for name, (first, second, human) in self.sets.items():
-            for dim in (None, *(dim for dim in self.dims if dim <= vectors.shape[1])):
-                a, b = (vectors[[row[text] for text in side], :dim] for side in (first, second))
+        for form, reduced in forms(vectors, self.dims).items():
+            for name, (first, second, human) in self.sets.items():
+                a, b = (reduced[[row[text] for text in side]] for side in (first, second))
                 score = cosine_spearman(a, b, human)
-                if dim is None:
+                if not form:
                     scores[f"sts_{name}"] = score
                     self._last[name] = cosines(a, b)
-                means.setdefault("sts_avg" if dim is None else f"sts_avg@{dim}", []).append(score)
+                means.setdefault(f"sts_avg{form}", []).append(score)
         if len(self.sets) == 1:
             return scores
         return scores | {name: float(np.mean(values)) for name, values in means.items()}
@@ -120,11 +120,24 @@ class FidelityEvaluator:
         self.held_out, self.teacher, self.dims, self.neighbours = list(texts), np.asarray(teacher), dims, neighbours
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return fidelity_spearman and fidelity_neighbours, both times 100."""
-        vectors = np.asarray(encode(self.held_out))
-        scores = embedding_fidelity(vectors, self.teacher, self.neighbours)
-        for dim in self.dims:
-            if dim <= vectors.shape[1]:
-                cut = embedding_fidelity(vectors[:, :dim], self.teacher, self.neighbours)
-                scores |= {f"{name}@{dim}": value for name, value in cut.items()}
+        """Return fidelity_spearman and fidelity_neighbours, both times 100, of each of the `forms`."""
+        scores = {}
+        for form, reduced in forms(np.asarray(encode(self.held_out)), self.dims).items():
+            found = embedding_fidelity(reduced, self.teacher, self.neighbours)
+            scores |= {f"{name}{form}": value for name, value in found.items()}
         return scores
+
+
+def forms(vectors: np.ndarray, dims: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """Return embeddings as they are ("") and as they may be kept to save space, by the ending of their scores' names.
+
+    "@32": the first so many dimensions. "@int8": 8 bits a number, each dimension scaled by its largest value. "@binary": the
+    signs alone, one bit a number.
+
+    Args:
+        vectors: [N, D].
+        dims: Of which the first are kept; those beyond D are left out.
+    """
+    scale = np.maximum(np.abs(vectors).max(0, initial=0), 1e-12) / 127
+    found = {"": vectors, **{f"@{dim}": vectors[:, :dim] for dim in dims if dim <= vectors.shape[1]}}
+    return found | {"@int8": np.rint(vectors / scale) * scale, "@binary": np.where(vectors > 0, 1.0, -1.0)}

@@ -15,7 +15,7 @@ from hf_distill.evaluation.metrics import cosine_spearman as cosine_spearman_fil
 from hf_distill.evaluation.metrics import embedding_fidelity as embedding_fidelity_file
 from hf_distill.evaluation.metrics.cosine_spearman import cosine_spearman
 from hf_distill.evaluation.metrics.embedding_fidelity import embedding_fidelity
-from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, FidelityEvaluator, STSEvaluator
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, FidelityEvaluator, STSEvaluator, forms
 
 
 COSINES = (0.1, 0.2, 0.4, 0.9)
@@ -74,7 +74,7 @@ def test_each_set_has_its_own_score_and_the_average_counts_each_once(tmp_path):
     scores = STSEvaluator(write_sets(tmp_path))(encode)
     expected = {f"sts_{name}": value for name, (_, value) in HUMAN.items()}
     expected["sts_avg"] = (100 - 100 + 80 + 60 - 60 - 20 + 94.8683298) / 7
-    assert scores == pytest.approx(expected)
+    assert {name: value for name, value in scores.items() if "@" not in name} == pytest.approx(expected)
     assert all(type(value) is float for value in scores.values())
 
 
@@ -118,7 +118,7 @@ def test_first_dimensions_are_scored_as_embeddings_of_their_own(tmp_path, rng):
         assert scores[f"sts_avg@{dim}"] == pytest.approx(np.mean(expected)), dim
     assert scores["sts_avg@8"] == scores["sts_avg"] != scores["sts_avg@2"]
     assert "sts_avg@9" not in scores  # there are only eight
-    assert len(scores) == 7 + 1 + 3
+    assert len(scores) == 7 + 1 + 3 + 2
 
 
 def test_every_sentence_is_encoded_once(tmp_path):
@@ -235,14 +235,29 @@ def test_the_evaluator_encodes_the_held_out_texts_and_their_first_dimensions(rng
     evaluator = FidelityEvaluator(texts, teacher, dims=[2, 7], neighbours=3)
     scores = evaluator(lambda asked: vectors if asked == texts else None)
     whole, cut = embedding_fidelity(vectors, teacher, 3), embedding_fidelity(vectors[:, :2], teacher, 3)
-    assert scores == {**whole, **{f"{name}@2": value for name, value in cut.items()}}
+    assert {key: value for key, value in scores.items() if key[-1] not in "8y"} == {
+        **whole,
+        **{f"{name}@2": value for name, value in cut.items()},
+    }
     assert whole["fidelity_spearman"] != cut["fidelity_spearman"]
 
 
 def test_students_and_teachers_are_scored_as_they_are(student, cache, texts):
     scores = FidelityEvaluator(texts, cache.encode(texts), dims=[8])(student.encode)
-    assert list(scores) == ["fidelity_spearman", "fidelity_neighbours", "fidelity_spearman@8", "fidelity_neighbours@8"]
+    endings = ("", "@8", "@int8", "@binary")
+    assert list(scores) == [f"fidelity_{score}{form}" for form in endings for score in ("spearman", "neighbours")]
+    assert scores["fidelity_spearman"] == pytest.approx(scores["fidelity_spearman@int8"], abs=1)
+    assert scores["fidelity_spearman@binary"] < scores["fidelity_spearman@int8"] - 1
     assert FidelityEvaluator(texts, cache.encode(texts))(cache.encode)["fidelity_neighbours"] == 100
+
+
+def test_what_is_kept_to_save_space_by_hand():
+    found = forms(np.array([[1.0, -4.0], [-0.5, 3.0], [0.0, 0.0]], np.float32), dims=[1, 3])
+    assert list(found) == ["", "@1", "@int8", "@binary"]
+    assert found["@1"].tolist() == [[1.0], [-0.5], [0.0]]
+    # Steps of 1/127 and 4/127: -0.5 is 63.5 steps, rounded to the even 64; 3 is 95.25.
+    assert found["@int8"] == pytest.approx(np.array([[1, -4], [-64 / 127, 95 * 4 / 127], [0, 0]]))
+    assert found["@binary"].tolist() == [[1, -1], [-1, 1], [-1, -1]]
 
 
 # As modules of `evaluate`
