@@ -104,6 +104,10 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         tables = {"scores": score_table(facts), "dimensions": dimension_table(facts)}
         tables["index"] = index_table(facts["index"]) if "index" in facts else ""
         tables["languages"] = language_table(facts)
+    if "onnx" in facts:
+        from .export import onnx_table
+
+        tables["onnx"] = onnx_table(facts["onnx"])
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
