@@ -50,7 +50,8 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
         if not found[loader] >= MIN_COSINE:
             raise ValueError(
                 f"check_layout: {folder} gives other vectors through {loader} (smallest cosine {found[loader]:.6f}), expected "
-                f"at least {MIN_COSINE}. Users of that loader would not get the model that was measured. Save it, or export it, again."
+                f"at least {MIN_COSINE}. Users of that loader would not get the model that was measured. Save or export it "
+                "again."
             )
 
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
