@@ -8,7 +8,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,17 @@ def export_onnx(
         ValueError: If the graph gives other vectors than the student, or it is a student that a graph can't hold. Nothing is
             left in onnx/ that was not compared.
     """
-    from .evaluation.report import provenance, write_results
-
-    folder = Path(folder)
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"hf_distill: the export needs {missing}. Install it with: pip install 'hf_distill[onnx]'")
-    student = _open(folder)
-    if texts:
-        from .evaluation.similarity import FidelityEvaluator
+    import onnxruntime
 
-        evaluators = [*evaluators, FidelityEvaluator(list(texts), student.encode(list(texts)))]
+    from .evaluation.report import provenance, write_results
+    from .evaluation.similarity import FidelityEvaluator
+
+    folder, texts = Path(folder), list(texts)
+    student = _open(folder)
+    evaluators = [*evaluators, *([FidelityEvaluator(texts, student.encode(texts))] if texts else [])]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as made:
         place = Path(made)
         (place / "onnx").mkdir()
@@ -75,12 +74,12 @@ def export_onnx(
         if int8:
             _write_int8(place / FLOAT_FILE, place / INT8_FILE)
         files = [file for file in (FLOAT_FILE, INT8_FILE) if (place / file).exists()]
-        rows = {file: _measure(student, place / file, list(texts) or list(SAMPLE_TEXTS), evaluators) for file in files}
+        rows = {file: _measure(student, place / file, texts or list(SAMPLE_TEXTS), evaluators) for file in files}
         (folder / "onnx").mkdir(exist_ok=True)
         (folder / INT8_FILE).unlink(missing_ok=True)  # of an earlier export, and maybe of other weights
         for file in files:
             (place / file).replace(folder / file)
-    section = {"files": rows, "texts": len(texts), "onnxruntime": version("onnxruntime"), "provenance": provenance(None)}
+    section = {"files": rows, "texts": len(texts), "onnxruntime": onnxruntime.__version__, "provenance": provenance(None)}
     known = folder / "results.json"
     write_results(folder, {**(json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}), "onnx": section})
     return section
@@ -116,13 +115,13 @@ def onnx_table(section: Mapping[str, Any]) -> str:
 def _open(folder: Path) -> StudentModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"export: {folder} has no config.json, expected a student's folder; the graph is written into it. Fetch a student "
-            f"of the Hub first: hf download {folder} --local-dir student"
+            f"export: {folder} has no config.json, expected a student's folder, into which the graph goes. Fetch a student of "
+            f"the Hub first: hf download {folder} --local-dir student"
         )
     if "senses" in (getattr(AutoConfig.from_pretrained(folder), "hf_distill", None) or {}):
         raise ValueError(
-            f"export: {folder} is a MultiSenseStudent, expected a StudentModel. Its graph would leave the states as they are, "
-            "not replaced by senses, and give other vectors than were measured. Open it with MultiSenseStudent."
+            f"export: {folder} is a MultiSenseStudent, expected a StudentModel. A graph would not replace states by senses, and "
+            "give other vectors than were measured. Open it with MultiSenseStudent."
         )
     return StudentModel.from_pretrained(str(folder), dtype=torch.float32).eval()
 
