@@ -120,15 +120,13 @@ def _open(folder: Path) -> StudentModel:
         )
     if "senses" in (getattr(AutoConfig.from_pretrained(folder), "hf_distill", None) or {}):
         raise ValueError(
-            f"export: {folder} is a MultiSenseStudent, expected a StudentModel. A graph would not replace states by senses, and "
-            "give other vectors than were measured. Open it with MultiSenseStudent."
+            f"export: {folder} is a MultiSenseStudent, expected a StudentModel. A graph would not replace states by senses: "
+            "other vectors than were measured. Open it with MultiSenseStudent."
         )
     return StudentModel.from_pretrained(str(folder), dtype=torch.float32).eval()
 
 
 class _Graph(nn.Module):
-    """The student with its inputs and outputs in a fixed order."""
-
     def __init__(self, student: StudentModel) -> None:
         super().__init__()
         self.student = student
@@ -177,7 +175,7 @@ def _write_int8(source: Path, path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
-        # One scale for a whole matrix costs ten times as much. The range is that of 7 bits: CPUs without VNNI add pairs of
+        # One scale for a whole matrix costs several times as much. The range is that of 7 bits: CPUs without VNNI add pairs of
         # products in 16 bits, which 8 would overflow, and a score would hold on the machine that measured it only.
         quantize_dynamic(source, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
@@ -185,8 +183,7 @@ def _write_int8(source: Path, path: Path) -> None:
 def _require_equal(student: StudentModel, path: Path) -> None:
     ours = student.encode(list(SAMPLE_TEXTS), convert_to_tensor=True).double()
     for size in (1, 2):  # alone, and padded
-        theirs = onnx_encode(path, student, size)(list(SAMPLE_TEXTS)).double()
-        least = torch.cosine_similarity(ours, theirs).min().item()
+        least = torch.cosine_similarity(ours, onnx_encode(path, student, size)(list(SAMPLE_TEXTS)).double()).min().item()
         if not least >= MIN_COSINE:
             raise ValueError(
                 f"export: the graph of {student.name_or_path} gives other vectors than it does (smallest cosine {least:.6f} in "
