@@ -123,7 +123,7 @@ def _open(folder: Path) -> StudentModel:
             f"export: {folder} is a MultiSenseStudent, expected a StudentModel. A graph would not replace states by senses: "
             "other vectors than were measured. Open it with MultiSenseStudent."
         )
-    return StudentModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+    return StudentModel.from_pretrained(str(folder), dtype=torch.float32)
 
 
 class _Graph(nn.Module):
