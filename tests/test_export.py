@@ -267,6 +267,7 @@ def test_command_scores_both_files(backbone_folder, tmp_path):
     assert done.exit_code == 0, done.output
     section = json.loads((tmp_path / "student" / "results.json").read_text())["onnx"]
     assert section["texts"] == 20
+    assert list(section["files"]) == ["onnx/model.onnx", "onnx/model_qint8.onnx"]
     for file, row in section["files"].items():
         assert file in done.output.replace("\n", "")
         for key in ("sts_avg", "fidelity_neighbours"):
