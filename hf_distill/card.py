@@ -86,11 +86,12 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         co2_eq_emissions=facts.get("co2_eq_emissions"),
     )
     tables = {}
-    if measured:
+    if measured or "onnx" in facts:
         from .evaluation import report
 
         shown = {"scores": report.score_table, "dimensions": report.dimension_table, "index": report.index_table}
         shown |= {"languages": report.language_table, "speed": report.speed_table, "precisions": report.precision_table}
+        shown["onnx"] = report.onnx_table
         tables = {name: draw(facts) for name, draw in shown.items()}
     made_by = json.dumps(facts.get("teacher_fingerprint"), sort_keys=True).encode()
     card = ModelCard.from_template(

@@ -127,7 +127,6 @@ def evaluate(
 
     Example: `hf-distill evaluate outputs/hpd --sts $DATA/sts --dim 32 --output scores.json`
     """
-    from .data import load_texts, split_source, text_columns
     from .evaluation.report import provenance, write_results
     from .evaluation.similarity import FidelityEvaluator
     from .teachers import EncoderTeacher
@@ -137,9 +136,7 @@ def evaluate(
     model = EncoderTeacher(encoder, pooling=pooling)
     evaluators = _evaluators(sts, retrieval, split, dim or [])
     if teacher and texts:
-        name, names = split_source(texts)
-        dataset = load_texts(name)
-        held_out = list(dict.fromkeys(dataset[text_columns(dataset, names)[0]]))[:max_texts]
+        held_out = _first_texts(texts, max_texts)
         evaluators.append(FidelityEvaluator(held_out, EncoderTeacher(teacher).encode(held_out), dim or []))
     scores = {name: value for evaluator in evaluators for name, value in evaluator(model.encode).items()}
     _show({"parameters": f"{model.num_parameters / 1e6:.1f}M", "dimensions": model.dim} | scores, f"{encoder}, times 100")
@@ -284,6 +281,33 @@ def push(
 
 
 @_command
+def export(
+    student: Annotated[Path, typer.Argument(help="Folder of a student; the files go into its onnx/.")],
+    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    int8: Annotated[bool, typer.Option(help="Also with weights of 8 bits, and what that costs.")] = False,
+    sts: Annotated[Path | None, typer.Option(help="Score each file on this folder of STS files; see the README.")] = None,
+    texts: Annotated[str | None, typer.Option(help=f"Compare each file with the student on these. {_TEXTS}")] = None,
+    max_texts: Annotated[int, typer.Option(help="How many of them, the first.")] = 2000,
+) -> None:
+    """Write a student as an ONNX graph (extra onnx), which onnxruntime and a tokenizer run alone; compared before it is kept.
+
+    What was measured goes into results.json, from where `hf-distill card` takes it.
+
+    Example: `hf-distill export outputs/hpd --format onnx --int8 --sts $DATA/sts`
+    """
+    from .evaluation.similarity import STSEvaluator
+    from .export import export_onnx
+
+    if format != "onnx":
+        raise ValueError(f"export: format is {format!r}, expected 'onnx'.")
+    evaluators = [STSEvaluator(sts)] if sts else []
+    held_out = _first_texts(texts, max_texts) if texts else []
+    for file, row in export_onnx(student, int8=int8, texts=held_out, evaluators=evaluators)["files"].items():
+        cosines = {"smallest cosine": f"{row['cosine_min']:.6f}", "mean cosine": f"{row['cosine_mean']:.6f}"}
+        _show({"MB": row["mb"], **cosines, **row["scores"]}, str(student / file))
+
+
+@_command
 def explain(
     dictionary: Annotated[str, typer.Argument(help="Sense dictionary: folder or Hub id.")],
     words: Annotated[list[str], typer.Argument(help="Words of one token each.")],
@@ -321,6 +345,14 @@ def explain(
         if plot:
             plot.mkdir(parents=True, exist_ok=True)
             explained.draw(plot / f"{word}.png")
+
+
+def _first_texts(source: str, most: int) -> list[str]:
+    from .data import load_texts, split_source, text_columns
+
+    name, names = split_source(source)
+    dataset = load_texts(name)
+    return list(dict.fromkeys(dataset[text_columns(dataset, names)[0]]))[:most]
 
 
 def _show(facts: dict[str, Any], title: str) -> None:

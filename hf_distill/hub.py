@@ -25,7 +25,10 @@ NOT_PUBLISHED = (
     "checkpoint-*", "_*", ".*", "emissions.csv",
 )  # fmt: skip
 # What a loader would read although it belongs to an earlier push.
-_LAYOUT = re.compile(r"[^/]*\.safetensors(\.index\.json)?|[0-9]_[^/]*/.*|modules\.json|(student|multi_sense|senses)\.py")
+_LAYOUT = re.compile(
+    r"[^/]*\.safetensors(\.index\.json)?|[0-9]_[^/]*/.*|modules\.json|(student|multi_sense|senses)\.py"
+    r"|onnx/[^/]*\.onnx"
+)
 _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml", ".jsonl")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _PAUSES = (0.5, 2.0)  # seconds before a commit is tried again

@@ -56,7 +56,8 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
         if not found[loader] >= MIN_COSINE:
             raise ValueError(
                 f"check_layout: {folder} gives other vectors through {loader} (smallest cosine {found[loader]:.6f}), expected "
-                f"at least {MIN_COSINE}. Users of that loader would not get the model that was measured. Save it again."
+                f"at least {MIN_COSINE}. Users of that loader would not get the model that was measured. Save or export it "
+                "again."
             )
 
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -77,14 +78,23 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
         if kind is MultiSenseStudent:  # it knows of no senses
             ours = student.encode(sample, convert_to_tensor=True, replace=False)
         compare("SentenceTransformer", SentenceTransformer(folder, device="cpu").encode(sample, show_progress_bar=False))
+    graph = Path(folder) / "onnx" / "model.onnx"
+    if graph.exists() and importlib.util.find_spec("onnxruntime") is None:
+        found["onnxruntime"] = "skipped: onnxruntime is not installed"
+        logger.warning(f"check_layout: {graph} was not compared: onnxruntime is not installed.")
+    elif graph.exists():
+        from .export import onnx_encode
+
+        ours = student.float().encode(sample, convert_to_tensor=True)  # as it was exported
+        compare("onnxruntime", onnx_encode(graph, student, batch_size=2)(sample))
     return found
 
 
 def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB", **options: Any) -> str:
     """Publish a student that is at hand, with a card; return the address of its page.
 
-    What its run measured (results.json, plots, the teacher's projection) goes along if it was opened from the run's folder and
-    its weights are still those.
+    What its run measured (results.json, plots, the teacher's projection) and its ONNX graphs go along if it was opened from the
+    run's folder and its weights are still those.
 
     Args:
         student: A `StudentModel`.
@@ -101,11 +111,13 @@ def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB",
         senses = student.settings.get("senses", {}).get("name", "")
         if senses.startswith("../"):  # where a reader will find them, too
             student.dictionary.save_pretrained(folder / senses)
-        check_layout(folder)
         weights = [path for path in files_of(folder) if path.endswith(".safetensors")]
         if all((source / path).is_file() and filecmp.cmp(folder / path, source / path, shallow=False) for path in weights):
-            for pattern in ("results.json", RUN_FILE, PROJECTION_FILE, "*.png"):
+            for pattern in ("results.json", RUN_FILE, PROJECTION_FILE, "*.png", "onnx/*.onnx"):
                 for file in source.glob(pattern):
-                    shutil.copy2(file, folder)
+                    target = folder / file.relative_to(source)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copy2(file, target)
+        check_layout(folder)
         write_card(folder, name)
         return publish(folder, name, **{"message": "Upload student", **options})

@@ -166,7 +166,7 @@ def test_wrong_input_ends_with_its_message(words, message, files, monkeypatch):
 
 def test_every_command_has_an_example():
     commands = [command.callback.__name__ for command in app.registered_commands]
-    assert commands == ["train", "cache", "evaluate", "compare", "inspect", "card", "push", "explain"]
+    assert commands == ["train", "cache", "evaluate", "compare", "inspect", "card", "push", "export", "explain"]
     for name in commands:
         assert f"hf-distill {name} " in call(name, "--help").output
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ class RunReport:
         if trainer.resumed_at:  # what came before, another process timed
             since = f"training since step {trainer.resumed_at}"
             self.timings_s = {since if name == "training" else name: value for name, value in self.timings_s.items()}
+        shutil.rmtree(folder / "onnx", ignore_errors=True)  # of an earlier run, as its section of results.json is
         results = {
             "recipe": self.recipe,
             "paper": self.paper,
@@ -265,12 +267,12 @@ _BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10", "t
 def score_table(results: Mapping[str, Any]) -> str:
     """Return the rows of results.json as a table: the scores at full width, with short headings."""
     rows = {}
-    for name, row in results["rows"].items():
+    for name, row in results.get("rows", {}).items():
         sure = {key: f" ({low:.2f}–{high:.2f})" for key, (low, high) in row.get("intervals", {}).items()}
         scores = {key: f"{value:.2f}{sure[key]}" if key in sure else value for key, value in row["scores"].items()}
         cells = {_heading(key): value for key, value in scores.items() if _heading(key) and not set(key) & set("@:")}
         rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
-    return table(rows)
+    return table(rows) if rows else ""
 
 
 def _heading(key: str) -> str | None:
@@ -295,7 +297,7 @@ def precision_table(results: Mapping[str, Any]) -> str:
 
 def _form_table(results: Mapping[str, Any], wanted: Callable[[str], bool]) -> str:
     rows: dict[str, dict[str, float]] = {}
-    for name, row in results["rows"].items():
+    for name, row in results.get("rows", {}).items():
         for key, value in row["scores"].items():
             score, _, form = key.partition("@")
             if form and wanted(form) and score in _BY_DIMENSION:
@@ -310,10 +312,21 @@ def speed_table(results: Mapping[str, Any]) -> str:
     return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()}) if rows else ""
 
 
+def onnx_table(results: Mapping[str, Any]) -> str:
+    """Return what each exported graph weighs, and how close it comes to the student; "" where none was exported."""
+    short = {"sts_avg": "STS avg", "fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN"}
+    rows = {}
+    for file, row in results.get("onnx", {"files": {}})["files"].items():
+        cosines = {"smallest cosine": f"{row['cosine_min']:.4f}", "mean cosine": f"{row['cosine_mean']:.4f}"}
+        scores = {heading: row["scores"][key] for key, heading in short.items() if key in row["scores"]}
+        rows[f"`{file}`"] = {"MB": f"{row['mb']:.1f}", **cosines, **scores}
+    return table(rows) if rows else ""
+
+
 def language_table(results: Mapping[str, Any]) -> str:
     """Return a line a language: the pairs that were trained on, and every row's accuracy, both directions' mean; or ""."""
     found = _languages(results)
-    pairs = results["data"].get("languages", {})
+    pairs = results.get("data", {}).get("languages", {})
     trained, other = ([code for code in found if (code in pairs) == side] for side in (True, False))
     return table({code: {"pairs": pairs.get(code, 0), **found[code]} for code in trained + other}) if found else ""
 
@@ -464,4 +477,4 @@ def pyplot() -> Any:
 
 
 def _keys(results: Mapping[str, Any]) -> set[str]:
-    return {key for row in results["rows"].values() for key in row["scores"]}
+    return {key for row in results.get("rows", {}).values() for key in row["scores"]}
