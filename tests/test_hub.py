@@ -342,6 +342,10 @@ def test_a_student_that_speaks_senses_finds_its_dictionary_beside_it(hub, backbo
     assert dictionary.push_to_hub("alice/speaker-senses", private=True) == f"{hub.url}/alice/speaker-senses"
     assert {"senses.safetensors", "tokenizer.json", "README.md"} <= hub.files("alice/speaker-senses").keys()
     assert len(hub.store.repos["models", "alice/speaker-senses"].commits) == 2  # it was made, and filled at once
+    assert hub.store.repos["models", "alice/speaker-senses"].private
+    card = hub.files("alice/speaker-senses")["README.md"].decode()
+    assert "up to 3 vectors of 16 dimensions" in card
+    assert f"| texts | {dictionary.facts['texts']} |" in card
     student.push_to_hub("alice/speaker")
     before = len(hub.log)
     found = client(hub, tmp_path / "home", "open_transformers", repo="alice/speaker", texts=texts[:4])

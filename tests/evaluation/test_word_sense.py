@@ -1,6 +1,4 @@
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,30 +246,3 @@ def test_the_terminal_explains_words(made, tmp_path):
     assert run(app, ["explain", str(folder / "senses"), "cat", *known[:2]]).exit_code == 1
     other = make_backbone(tmp_path / "other", seed=6)
     assert run(app, ["explain", str(folder / "senses"), "cat", "--teacher", other, *known[2:]]).exit_code == 1
-
-
-def test_a_dictionary_is_published_with_a_card(made, monkeypatch):
-    _, _, _, dictionary = made
-    calls = {}
-
-    class Api:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, name, **options):
-            calls["created"] = (name, options)
-            return type("Url", (), {"repo_id": f"someone/{name}"})
-
-        def upload_folder(self, repo_id, folder_path, **options):
-            calls["to"] = repo_id
-            calls["again"] = SenseDictionary.from_pretrained(folder_path)
-            calls["card"] = (Path(folder_path) / "README.md").read_text()
-
-    monkeypatch.setattr("hf_distill.senses.HfApi", Api)
-    assert dictionary.push_to_hub("my-senses", private=True, token="t") == "someone/my-senses"
-    assert calls["created"] == ("my-senses", {"private": True, "exist_ok": True})
-    assert (calls["to"], calls["token"]) == ("someone/my-senses", "t")
-    assert torch.equal(calls["again"].offsets, dictionary.offsets)
-    assert calls["card"].startswith("---\n")
-    assert "up to 3 vectors of 16 dimensions" in calls["card"]
-    assert json.dumps(dictionary.facts["k"]) in calls["card"]
