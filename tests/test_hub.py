@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,3 +373,18 @@ def test_a_revision_can_be_pinned_and_what_came_once_opens_offline(scenario, hub
     again = client(hub, tmp_path / "home", scenario, **options, offline=True)
     assert again["vectors"] == found["vectors"]
     assert len(hub.log) == asked
+
+
+def test_every_committed_card_is_valid_and_a_broken_one_is_not(hub):
+    cards = sorted((Path(hf_distill.__file__).parents[1] / "model_cards").glob("*.md"))
+    assert len(cards) == 6
+    for path in cards:
+        card = ModelCard.load(path)
+        card.validate()
+        for link in re.findall(r"\]\((?!https?://)([^)]+)\)", card.text):
+            assert (path.parent / link).is_file(), link
+        assert not re.search(r"\{\{|\}\}|\b(TODO|TBD|None|undefined)\b|More Information", card.content)
+    card.data.license = "somebody-elses"
+    with pytest.raises(ValueError, match=r"must be one of the known license ids"):
+        card.validate()
+    assert [one.status for one in hub.log if one.path == "/api/validate-yaml"] == [200] * 6 + [400]

@@ -19,6 +19,7 @@ from hf_distill.evaluation.report import (
     commit,
     dimension_table,
     draw_plots,
+    measure_speed,
     provenance,
     score_table,
     table,
@@ -346,6 +347,27 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
     assert dimension_table(RESULTS) in closing
     assert "training 1.5 min" in closing
     assert f'SentenceTransformer("{tmp_path}")' in closing
+
+
+def test_speed_is_that_of_the_live_teacher_on_texts_of_the_training(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    weights = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    (tmp_path / "teacher_projection.safetensors").write_bytes(b"x" * 999)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"x" * 999)
+    seen = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device="cpu"),
+        columns=["text", "other"],
+        train_dataset=[{"text": f"text {i}", "other": "no"} for i in range(100)],
+        teacher=SimpleNamespace(live=SimpleNamespace(encode=seen.append)),
+    )
+    found = measure_speed(trainer, tmp_path, count=5)
+    assert seen == [[f"text {i}" for i in range(5)]] * 4
+    assert (found["texts"], list(found["rows"]), found["student_mb"]) == (5, ["teacher", "student"], weights / 1e6)
+    assert 0 < found["rows"]["student"]["times_faster"] < 1  # than a teacher that does nothing
+    trainer.teacher.live = None
+    assert list(measure_speed(trainer, tmp_path)["rows"]) == ["student"]
 
 
 def test_only_the_main_process_reports(tmp_path):
