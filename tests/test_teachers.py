@@ -296,6 +296,21 @@ def test_a_teacher_in_eight_bits_is_close_and_another_teacher(texts, tmp_path):
     assert small.fingerprint["weights"] != plain.fingerprint["weights"]
 
 
+def test_an_anchored_teacher_says_of_every_column_what_it_says_of_the_first(teacher, tmp_path):
+    cache = TeacherCache(teacher, tmp_path / "cache", dtype="float32")
+    cache.add(["a cat", "a dog"])
+    anchored = AnchoredTeacher(cache)
+    rows = [("a cat", "eine Katze", "un chat"), ("a dog", "ein Hund", "un chien")]
+    found = anchored.targets(rows)
+    assert found.shape == (2, 3, cache.dim)
+    for row, vectors in zip(rows, found, strict=True):
+        assert torch.equal(vectors, cache.encode([row[0]]).expand(3, -1))
+    anchored.require_columns([["a cat", "a dog"], ["nobody", "knows"]])  # the others need no target
+    with pytest.raises(ValueError, match="eine Katze"):
+        anchored.require_columns([["a cat", "eine Katze"]])
+    assert anchored.fingerprint != cache.fingerprint
+
+
 def test_every_teacher_leads_to_the_one_that_runs(teacher, tmp_path):
     cache = TeacherCache(teacher, tmp_path / "cache")
     cache.add(["a cat", "a dog", "a hen", "a fox"])

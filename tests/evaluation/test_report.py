@@ -302,6 +302,8 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "check_layout", lambda folder: {"AutoModel": f"checked {folder}"})
     monkeypatch.setattr(report, "measure_speed", lambda trainer, folder: {"student_mb": 1.5})
     (tmp_path / "emissions.csv").write_text("project,emissions\none,0.25\none,0.5\n")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"of other weights")
     cards = []
     trainer = SimpleNamespace(
         args=SimpleNamespace(
@@ -338,6 +340,7 @@ def test_a_finished_run_lies_whole_in_its_folder(tmp_path, monkeypatch):
     }
     assert (results["recipe"], results["paper"], results["teacher"]) == ("hpd", "2203.07687", "the teacher")
     assert (results["speed"], results["co2_eq_emissions"]["emissions"]) == ({"student_mb": 1.5}, 750.0)
+    assert not (tmp_path / "onnx").exists()
     assert (results["data"], results["projection"]) == ({"name": "texts"}, {"dim": 128})
     assert (results["license"], results["language"], results["provenance"]["seed"]) == ("mit", None, 11)
     assert results["layout"] == {"AutoModel": f"checked {tmp_path}"}
