@@ -146,12 +146,14 @@ def measure_speed(trainer: Any, folder: Path, count: int = 64) -> dict[str, Any]
     """
     student = open_student(folder).to(trainer.args.device)
     texts = [row[trainer.columns[0]] for row in islice(iter(trainer.train_dataset), count)]
-    encoders = {"student": student.encode}
-    if trainer.teacher is not None and trainer.teacher.live is not None:
-        encoders = {"teacher": trainer.teacher.live.encode, **encoders}
+    encoders, precisions = {"student": student.encode}, {"student": str(student.dtype).removeprefix("torch.")}
+    live = trainer.teacher and trainer.teacher.live
+    if live is not None:
+        encoders, precisions["teacher"] = {"teacher": live.encode, **encoders}, live.fingerprint.get("dtype")
     weights = [path for path in files_of(folder, (*NOT_PUBLISHED, PROJECTION_FILE)).values() if path.suffix == ".safetensors"]
     megabytes = sum(path.stat().st_size for path in weights) / 1e6
-    return {"texts": len(texts), "student_mb": megabytes, "rows": timings(encoders, texts)}
+    rows = {name: {"precision": precisions[name], **row} for name, row in timings(encoders, texts).items()}
+    return {"texts": len(texts), "student_mb": megabytes, "rows": rows}
 
 
 def _emissions(folder: Path) -> dict[str, Any] | None:
@@ -308,8 +310,9 @@ def _form_table(results: Mapping[str, Any], wanted: Callable[[str], bool]) -> st
 def speed_table(results: Mapping[str, Any]) -> str:
     """Return texts per second of teacher and student, side by side; "" where they were not measured."""
     rows = results.get("speed", {}).get("rows", {})
-    short = {"texts_per_s": "texts/s", "times_faster": "× as fast", "from": "from", "to": "to"}
-    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()}) if rows else ""
+    short = {"precision": "precision", "texts_per_s": "texts/s", "times_faster": "× as fast", "from": "from", "to": "to"}
+    shown = {name: {short[key]: row[key] for key in short if row.get(key)} for name, row in rows.items()}
+    return table(shown) if shown else ""
 
 
 def onnx_table(results: Mapping[str, Any]) -> str:

@@ -363,12 +363,13 @@ def test_speed_is_that_of_the_live_teacher_on_texts_of_the_training(student, tmp
         args=SimpleNamespace(device="cpu"),
         columns=["text", "other"],
         train_dataset=[{"text": f"text {i}", "other": "no"} for i in range(100)],
-        teacher=SimpleNamespace(live=SimpleNamespace(encode=seen.append)),
+        teacher=SimpleNamespace(live=SimpleNamespace(encode=seen.append, fingerprint={"dtype": "bfloat16"})),
     )
     found = measure_speed(trainer, tmp_path, count=5)
     assert seen == [[f"text {i}" for i in range(5)]] * 4
     assert (found["texts"], list(found["rows"]), found["student_mb"]) == (5, ["teacher", "student"], weights / 1e6)
     assert 0 < found["rows"]["student"]["times_faster"] < 1  # than a teacher that does nothing
+    assert [row["precision"] for row in found["rows"].values()] == ["bfloat16", "float32"]
     trainer.teacher.live = None
     assert list(measure_speed(trainer, tmp_path)["rows"]) == ["student"]
 
