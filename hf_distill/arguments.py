@@ -14,6 +14,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .licenses import require_license
+
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
@@ -143,6 +145,8 @@ class RecipeArguments:
         for name in ("texts", "teacher", "pairs"):  # a YAML file may name the only one without a list
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, [getattr(self, name)])
+        for license in (self.license, self.teacher_license):  # not after hours
+            require_license(license)
 
     def teacher_options(self) -> dict[str, Any]:
         """Return what `EncoderTeacher` takes beside the name."""
@@ -178,6 +182,7 @@ class RecipeArguments:
             "license",
             "language",
             "teacher_name",
+            "teacher_license",
             "backbone_name",
             "texts_name",
             "words",

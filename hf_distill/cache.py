@@ -177,8 +177,8 @@ class TeacherCache(Teacher):
         self._manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         if self._manifest["format"] != _FORMAT:
             raise ValueError(f"TeacherCache: {self.folder} has format {self._manifest['format']}, expected {_FORMAT}.")
-        self.name, self.dim = self._manifest["teacher"], self._manifest["dim"]
-        self.license = self._manifest.get("license")
+        self.name, self.dim = self._live.name if self._live else self._manifest["teacher"], self._manifest["dim"]
+        self.license = (self._live and self._live.license) or self._manifest.get("license")
         self._dtype = np.dtype(self._manifest["dtype"])
         self._shards = [shard for add in self._manifest["adds"] for shard in add]
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self._shards])

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .hub import PROJECTION_FILE, RUN_FILE
+from .hub import PROJECTION_FILE, RUN_FILE, is_hub_id
 from .licenses import caution, require_license
 from .papers import PAPERS, citations
 
@@ -32,18 +31,20 @@ def write_card(folder: str | Path, name: str, run: Mapping[str, Any] | None = No
         run: What the run was told; as distillation.json in the folder says if not given.
 
     Raises:
-        ValueError: If results.json is of another student: its numbers would stand on this one's card.
+        ValueError: If there is no student, or results.json is of another: its numbers would stand on this one's card.
     """
     folder = Path(folder)
     config, known, results = (_read(folder / file) for file in ("config.json", RUN_FILE, "results.json"))
     student, run = config.get("hf_distill", {}), known if run is None else run
-    measured = results.get("student", student)
-    changed = [key for key in student if key in measured and measured[key] != student[key]]
+    if not student:
+        raise ValueError(f"card: {folder} holds no student, expected what StudentModel.save_pretrained or a recipe wrote.")
+    told, parts = {**run, "student": student}, ("student", "teacher_fingerprint", "loss")
+    both = [(told[part], results[part]) for part in parts if told.get(part) and results.get(part)]
+    changed = [(key, old[key], own[key]) for own, old in both for key in own if key in old and own[key] != old[key]]
     if changed:
         raise ValueError(
-            f"card: results.json in {folder} is of another student ({changed[0]}: {measured[changed[0]]!r} there, "
-            f"{student[changed[0]]!r} here), expected this one's. Its numbers would stand on its card. Delete it, "
-            "or run the recipe again."
+            "card: results.json in {} is of another student ({}: {!r} there, {!r} here), expected this one's. Its numbers "
+            "would stand on its card. Delete it, or run the recipe again.".format(folder, *changed[0])
         )
     plots = sorted(plot.name for plot in folder.glob("*.png"))
     projected = (folder / PROJECTION_FILE).exists()
@@ -79,9 +80,10 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         license=facts.get("license"),
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "feature-extraction", "hf_distill", "knowledge-distillation", *losses],
-        base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], teacher]) if _is_hub_id(hub_id)] or None,
-        datasets=[text] if _is_hub_id(text) else None,
+        tags=["sentence-transformers", "feature-extraction", "hf_distill", "knowledge-distillation", *losses]
+        + ([f"arxiv:{paper.arxiv}"] if paper else []),
+        base_model=[hub_id for hub_id in dict.fromkeys([student["base_model"], teacher]) if is_hub_id(hub_id)] or None,
+        datasets=[text] if is_hub_id(text) else None,
         eval_results=_eval_results(scores, text, "senses" in student) or None,
         co2_eq_emissions=facts.get("co2_eq_emissions"),
     )
@@ -102,12 +104,12 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         measured=measured,
         student=student,
         losses=losses,
-        caution=caution(facts["teacher_license"]) if "teacher_license" in facts else None,
+        caution=caution(facts["teacher_license"]) if teacher and "teacher_license" in facts else None,
         tables=tables,
         paper=paper,
         pipeline=_pipeline(facts, losses),
         targets=hashlib.sha256(made_by).hexdigest()[:12] if teacher else None,
-        citations=citations(paper, teacher if _is_hub_id(teacher) else None),
+        citations=citations(paper, teacher if is_hub_id(teacher) else None),
         plots=plots,
         has_projection=has_projection,
     )
@@ -144,7 +146,3 @@ def _pipeline(facts: Mapping[str, Any], losses: Sequence[str]) -> str:
     width = max(map(len, drawn)) + 1
     ends = [" ─┐", " ─┴─► " + " + ".join(losses)] if len(drawn) > 1 else [""]
     return "\n".join((line + " ").ljust(width, "─") + end.strip() for line, end in zip(drawn, ends, strict=True)).rstrip()
-
-
-def _is_hub_id(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None

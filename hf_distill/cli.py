@@ -272,9 +272,10 @@ def push(
     Example: `hf-distill push outputs/hpd me/minilm-128 --private`
     """
     from .card import write_card
-    from .hub import publish
+    from .hub import publish, require_name
     from .layout import check_layout
 
+    require_name(name)
     check_layout(student)
     write_card(student, name)
     publish(student, name, private=private, revision=revision, message=message)

@@ -18,11 +18,13 @@ logger = logging.get_logger(__name__)
 
 # What lies beside a student: what its run was told, and how its teacher was reduced.
 RUN_FILE, PROJECTION_FILE = "distillation.json", "teacher_projection.safetensors"
+# What a run measured of these weights, and of no others.
+MEASURED = ("results.json", "training.png", "dimensions.png", "index.png", "languages.png")
 
-# What a run needs to go on, and nobody else should get; training_args.bin holds the token in clear, emissions.csv the place.
+# What a run needs to go on, and nobody else should get: training_args.bin holds the token in clear, others name the machine.
 NOT_PUBLISHED = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", "training_head.safetensors",
-    "checkpoint-*", "_*", ".*", "emissions.csv",
+    "checkpoint-*", "_*", ".*", "emissions.csv", "runs", "*tfevents*",
 )  # fmt: skip
 # What a loader would read although it belongs to an earlier push.
 _LAYOUT = re.compile(
@@ -62,11 +64,12 @@ def publish(
         also: Folder of the repository -> folder here that goes there, all of it.
 
     Raises:
-        ValueError: Before anything is sent, if the name is none, the folder is empty, the card's metadata are refused, or a
-            file holds a token or names this machine's home folder.
+        ValueError: Before any file is sent, if the name is none, the folder is empty, the card's metadata are refused, a file
+            holds a token or names this machine's home folder, or private is asked of a repository that is public.
         PermissionError: If the token is missing, unknown or may not write.
         ConnectionError: If the Hub, or its storage, fails again and again, or somebody else has pushed meanwhile.
     """
+    require_name(name)
     api, paths = HfApi(token=token), files_of(Path(folder), NOT_PUBLISHED)
     if not paths:
         raise ValueError(f"publish: {folder} holds no file to publish, expected a student. The repository would be empty.")
@@ -76,10 +79,12 @@ def publish(
     target = {"repo_id": open_repository(name, kind, private, token), "repo_type": kind}
     try:
         parent = _branch(api, target, revision)
-        known = set(api.list_repo_files(**target, revision=parent)) if kind == "model" else set()
-        deletions = [CommitOperationDelete(path) for path in sorted(known - paths.keys()) if _LAYOUT.fullmatch(path)]
         # `upload_folder` would send several commits where there are many files, or where one fails.
         for pause in (*_PAUSES, None):
+            # Asked anew each time: a commit whose answer was lost has deleted them already. A projection, say, deletes nothing.
+            known = set(api.list_repo_files(**target, revision=revision)) if "config.json" in paths else set()
+            stale = sorted(path for path in known - paths.keys() if path in MEASURED or _LAYOUT.fullmatch(path))
+            deletions = [CommitOperationDelete(path) for path in stale]
             additions = [CommitOperationAdd(path, file) for path, file in paths.items()]
             try:
                 api.create_commit(
@@ -106,17 +111,39 @@ def open_repository(name: str, kind: str = "model", private: bool | None = None,
     """Make a repository, if there is none; return its full id.
 
     Raises:
-        ValueError: If the name is none.
+        ValueError: If the name is none, or private is asked of a repository that is public: anybody could read it.
         OSError: As `publish` says.
+    """
+    require_name(name)
+    api = HfApi(token=token)
+    try:
+        found = api.create_repo(name, repo_type=kind, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(found, repo_type=kind).private
+    except Exception as error:
+        raise _explained(error, name, None) from error
+    if public:
+        raise ValueError(
+            f"publish: {found} is there already, and public, expected a private one. Anybody could read what is pushed. Make "
+            "it private in its settings, or take another name."
+        )
+    return found
+
+
+def require_name(name: str) -> None:
+    """Raise unless it may name a repository.
+
+    Raises:
+        ValueError: If not: the push would fail after long work.
     """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(f"publish: {name!r} is no name of a repository: {error} Give one like user/name.") from error
-    try:
-        return HfApi(token=token).create_repo(name, repo_type=kind, private=private, exist_ok=True).repo_id
-    except Exception as error:
-        raise _explained(error, name, None) from error
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Return whether it looks like user/name, no folder."""
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def files_of(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -174,6 +201,6 @@ def _explained(error: Exception, name: str, revision: str | None) -> Exception:
         return ConnectionError(
             f"publish: somebody has pushed to {name} meanwhile. {branch.split(' is ')[0]} has theirs. Run again."
         )
-    if isinstance(error, ValueError):
-        return ValueError(f"publish: the Hub refuses the card, nothing was sent. {said}")
+    if isinstance(error, ValueError) and "metadata" in said:
+        return ValueError(f"publish: the Hub refuses the card, no file was sent. {said}")
     return ConnectionError(f"publish: {type(error).__name__} of the Hub or its storage. {branch} Run it again. ({said})")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from .card import write_card
-from .hub import PROJECTION_FILE, RUN_FILE, files_of, publish
+from .hub import PROJECTION_FILE, RUN_FILE, files_of, publish, require_name
 from .multi_sense import MultiSenseStudent
 from .student import StudentModel
 
@@ -27,7 +27,8 @@ MIN_COSINE = 0.99999
 
 def open_student(folder: str | Path) -> StudentModel:
     """Return what was saved, with its senses if it has some."""
-    kind = MultiSenseStudent if "senses" in AutoConfig.from_pretrained(folder).hf_distill else StudentModel
+    settings = getattr(AutoConfig.from_pretrained(folder), "hf_distill", None) or {}
+    kind = MultiSenseStudent if "senses" in settings else StudentModel
     return kind.from_pretrained(folder)
 
 
@@ -90,7 +91,9 @@ def check_layout(folder: str | Path, texts: tuple[str, ...] = SAMPLE_TEXTS) -> d
     return found
 
 
-def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB", **options: Any) -> str:
+def publish_student(
+    student: Any, name: str, max_shard_size: int | str = "50GB", commit_message: str = "Upload student", **options: Any
+) -> str:
     """Publish a student that is at hand, with a card; return the address of its page.
 
     What its run measured (results.json, plots, the teacher's projection) and its ONNX graphs go along if it was opened from the
@@ -100,11 +103,13 @@ def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB",
         student: A `StudentModel`.
         name: Of the repository.
         max_shard_size: Largest file of backbone weights.
+        commit_message: Title of the commit.
         **options: Of `publish`.
 
     Raises:
         ValueError: If its loaders disagree, or as `publish` says.
     """
+    require_name(name)
     with tempfile.TemporaryDirectory() as made:
         folder, source = Path(made) / "student", Path(student.name_or_path or "/")
         student.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -120,4 +125,4 @@ def publish_student(student: Any, name: str, max_shard_size: int | str = "50GB",
                     shutil.copy2(file, target)
         check_layout(folder)
         write_card(folder, name)
-        return publish(folder, name, **{"message": "Upload student", **options})
+        return publish(folder, name, message=commit_message, **options)

@@ -34,9 +34,10 @@ _FREE = (
 
 
 def strictest(licenses: Iterable[str | None]) -> str | None:
-    """Return the first of several teachers' licences that asks for something; else the first."""
+    """Return the first of several teachers' licences that asks for something; None where one is unknown; else the first."""
     licenses = list(licenses)
-    return next((license for license in licenses if caution(license)), licenses[0] if licenses else None)
+    asking = [license for license in licenses if license and caution(license)]
+    return asking[0] if asking else None if None in licenses else next(iter(licenses), None)
 
 
 def require_license(license: str | None) -> None:

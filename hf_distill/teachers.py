@@ -451,7 +451,7 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False, kin
         return Path(name)
     try:
         patterns = ["README.md", "*.json", "*.safetensors", "*.txt", "*.model", "*.npy", *(["*.py"] if code else [])]
-        ignore = ["onnx/*", "openvino/*", "checkpoint*"]
+        ignore = ["onnx/*", "openvino/*", "checkpoint*", "last-checkpoint/*"]
         options = {"allow_patterns": patterns, "ignore_patterns": ignore}
         return Path(snapshot_download(str(name), revision=revision, repo_type=kind, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -26,7 +26,7 @@ from .arguments import DistillationTrainingArguments
 from .card import write_card
 from .cross_encoder import pair
 from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
-from .hub import NOT_PUBLISHED, RUN_FILE, open_repository, publish
+from .hub import MEASURED, NOT_PUBLISHED, RUN_FILE, open_repository, publish
 from .layout import check_layout
 from .licenses import strictest
 from .losses import DistillationLoss
@@ -155,7 +155,7 @@ class DistillationTrainer(Trainer):
             "teacher_license": strictest(one.license for one in (self.teacher, self.reranker) if one),
             "loss": self.loss.facts(),
             "student": student_of(model).settings,
-            "adapter": None if isinstance(model, StudentModel) else model.active_peft_config.to_dict(),
+            "adapter": None if isinstance(model, StudentModel) else _adapter_facts(model),
             "data": {"rows": rows, "columns": self.columns, "sha256": self._digest},
         }
         if self.reranker is not None:
@@ -196,7 +196,11 @@ class DistillationTrainer(Trainer):
                 f"DistillationTrainer: {folder} holds checkpoints of an earlier run, expected a new folder. They would be "
                 "mixed with this run's. Pass resume_from_checkpoint=True to go on with it, or another output_dir, or delete it."
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        if self.is_world_process_zero() and self.state.global_step > self.resumed_at:
+            for stale in (*MEASURED, "onnx"):  # of an earlier run in this folder, and other weights
+                shutil.rmtree(folder / stale) if (folder / stale).is_dir() else (folder / stale).unlink(missing_ok=True)
+        return done
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Private hook, checked on transformers 5.23: the host's own length grouping breaks exact resume.
@@ -351,25 +355,25 @@ class DistillationTrainer(Trainer):
         # Private hook, checked on transformers 5.23: the host's list of files leaves out 2_Dense, modules.json, student.py; its
         # uploads read files that the next save writes, and nobody hears of those that fail.
         args, model = self.args, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
         running = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if args.hub_strategy == HubStrategy.END or (running and not args.hub_always_push):
+        if running and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         stage = Path(args.output_dir) / f"_push-{self.state.global_step}"
         shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
         if not isinstance(model, StudentModel):
             self._save(str(stage))  # the checkpoint holds an adapter, the repository the student
-        elif self.is_world_process_zero():
+        else:
             shutil.copytree(checkpoint_folder, stage, ignore=shutil.ignore_patterns(*NOT_PUBLISHED), dirs_exist_ok=True)
-        if not self.is_world_process_zero():
-            return
         self.create_model_card(stage)
         also = {}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             kept = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             also = {kept: stage / "_checkpoint"}
-            mine = shutil.ignore_patterns("training_args.bin")  # names folders of this machine, and nothing asks for it
-            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link, ignore=mine)
+            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link)
+            _forget_places(also[kept])
         message = f"Training in progress, step {self.state.global_step}"
         options = {"revision": args.hub_revision, "token": args.hub_token, "message": message, "also": also}
 
@@ -475,6 +479,22 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def _adapter_facts(model: Any) -> dict[str, Any]:
+    return {**model.active_peft_config.to_dict(), "base_model_name_or_path": None}  # a folder of this machine, maybe
+
+
+def _forget_places(checkpoint: Path) -> None:
+    """Take out of the copy of a checkpoint what names folders of this machine; to go on takes none of it."""
+    for name in ("training_args.bin", "README.md"):
+        (checkpoint / name).unlink(missing_ok=True)
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("trainer_state.json", "best_model_checkpoint")):
+        path = checkpoint / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if content.get(key):
+            path.unlink()  # one of two names of the file; the checkpoint itself stays as it is
+            path.write_text(json.dumps({**content, key: Path(content[key]).name}, indent=2), encoding="utf-8")
+
+
 def _plain(facts: Any) -> Any:
     """Return facts as JSON gives them back; sets in order, for each process has another."""
 
@@ -495,6 +515,7 @@ def _require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) ->
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if new and not saved:
         return
+    facts = {key: value for key, value in facts.items() if key != "teacher_license"}  # no other targets for that
     changed = [f"{key}: {a!r} there, {b!r} now" for key, a, b in _differences(saved, facts)]
     if changed:
         raise ValueError(

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=recipe.peft_config(),
     )
     with report.timed("training"):
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) or args.resume_from_checkpoint)
     trainer.save_model()
     with report.timed("evaluation"):
         report.add("student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))

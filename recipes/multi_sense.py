@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}
     trainer = DistillationTrainer(model=student, args=args, **given)
     with report.timed("training"):
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) or args.resume_from_checkpoint)
     trainer.save_model()
     with report.timed("evaluation"):
         tasks.add("student, without senses", student_states(student, replace=False), student, size)

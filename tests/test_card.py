@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_distill.card import run_card
+from hf_distill.card import run_card, write_card
 from hf_distill.evaluation.report import write_results
 
 
@@ -147,6 +147,31 @@ def test_without_sts_there_are_no_results_in_the_head(make):
     assert ModelCard(make(changed(rows__student__scores=scores))).data.eval_results is None
 
 
+def test_the_paper_is_a_tag(make):
+    assert "arxiv:2203.07687" in ModelCard(make()).data.tags
+
+
+def test_no_teacher_has_no_licence_to_look_at(make):
+    terms = changed(teacher_license=None)
+    assert "The teacher's licence is unknown" in make(terms)
+    assert "licence is unknown" not in make(terms, {**RUN, "teacher": None})
+
+
+def test_results_of_another_teacher_are_refused_and_a_cut_vocabulary_is_none(student, tmp_path):
+    student.settings["vocabulary"] = {"kept": 3, "of": 9, "coverage": 0.987654321, "languages": {}}
+    student.save_pretrained(tmp_path)
+    run = {"teacher": "org/teacher", "teacher_fingerprint": {"weights": "abc"}, "loss": {"name": "HPDLoss", "tau": 1 / 3}}
+    (tmp_path / "distillation.json").write_text(json.dumps(run))
+    facts = changed(student=student.settings, **run, rows__student__scores={"sts_avg": 1 / 3})
+    write_results(tmp_path, facts)
+    write_card(tmp_path, "me/x")
+    write_results(tmp_path, {**facts, "teacher_fingerprint": {"weights": "xyz"}})
+    with pytest.raises(ValueError, match=r"results.json in .* is of another student \(weights: 'xyz' there, 'abc' here\)"):
+        write_card(tmp_path, "me/x")
+    with pytest.raises(ValueError, match=r"nothing holds no student"):
+        write_card(tmp_path / "nothing", "me/x")
+
+
 # The text
 
 
@@ -220,7 +245,7 @@ def test_headings_tables_and_images_stand_apart(make):
             assert before == "", line
         if line.startswith(("# ", "## ", "![")) or (line.startswith("|") and not after.startswith("|")):
             assert after == "", line
-    assert sum(line.startswith("```") for line in lines) == 10
+    assert sum(line.startswith("```") for line in lines) == 12
 
 
 def test_only_plots_that_are_there_are_shown(make):
@@ -237,7 +262,7 @@ def test_the_projection_is_explained_where_there_is_one(make):
 
 def test_examples_in_the_card_are_python(make):
     examples = re.findall(r"```python\n(.*?)```", make(), re.S)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         compile(example, "card", "exec")
 

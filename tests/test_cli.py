@@ -151,6 +151,8 @@ def test_push_publishes_a_folder_with_its_card(files, student, hub):
         (["evaluate", "nobody/nothing", "--sts", "x"], "neither a folder here nor a repository"),
         (["evaluate", "nobody/nothing"], "expected --sts, --retrieval, or --teacher with --texts"),
         (["inspect", "."], "config.json"),
+        (["card", "."], "holds no student"),
+        (["push", ".", "a/b/c"], "'a/b/c' is no name of a repository"),
         (["compare", "one", "two", "--output", "out"], "nothing to compare"),
         (["train", "hpd", "--config", "nowhere"], "nowhere is neither a file nor one of embed_distill_msmarco, "),
         (["cache", "nobody/nothing", "nowhere.txt", "--folder", "c"], "nowhere.txt is neither a file"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hf_distill import StudentModel, TeacherCache
 from hf_distill.layout import check_layout
 from hf_distill.trainer import last_checkpoint
+from hub_server import HubServer
 
 
 pytestmark = pytest.mark.slow
@@ -127,6 +128,25 @@ def test_an_evaluator_that_fails_on_the_main_process_ends_all(folder):
     done = launch("failing_evaluator", folder)
     assert "ZeroDivisionError: no labels" in done.stderr
     assert "an evaluator failed on the main process: ZeroDivisionError('no labels')" in done.stderr
+
+
+def test_two_processes_push_once_and_whole(folder):
+    with HubServer() as hub:
+        succeed("push", folder, **hub.env(folder / "home"))
+        for name in ("plain", "adapted"):
+            assert [(folder / f"pushed-{name}-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+            history = hub.store.repos["models", f"alice/{name}"].history("main")
+            steps = [commit for commit in history if "step" in commit.title]
+            assert [commit.title[-1] for commit in steps] == ["4", "2"]
+            for number, commit in enumerate(history[:-1]):
+                files = hub.files(f"alice/{name}", commit.sha)
+                assert not [path for path, data in files.items() if str(folder).encode() in data]
+                assert "last-checkpoint/trainer_state.json" in files
+                for path, data in files.items():
+                    place = folder / f"{name}-{number}" / path
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(data)
+                assert check_layout(folder / f"{name}-{number}")["SentenceTransformer"] >= 0.99999
 
 
 def test_zero3_trains_saves_and_goes_on(runs, folder):

@@ -522,6 +522,19 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(make, texts):
     assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
 
 
+def test_what_was_measured_of_other_weights_goes_with_them(make):
+    trainer = make(max_steps=2, save_strategy="steps", save_steps=2)
+    folder = Path(trainer.args.output_dir)
+    (folder / "onnx").mkdir(parents=True)
+    for name in ("results.json", "training.png", "onnx/model.onnx", "mine.png"):
+        (folder / name).write_bytes(b"{}")
+    trainer.train()
+    assert {path.name for path in folder.iterdir()} == {"mine.png", "checkpoint-2"}
+    (folder / "results.json").write_text("{}")
+    trainer.train(resume_from_checkpoint=True)  # there is nothing left to do
+    assert (folder / "results.json").exists()
+
+
 @pytest.mark.parametrize("peft", [False, True])
 def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, hub, tmp_path, peft):
     trainer = make(
@@ -529,7 +542,7 @@ def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, hub, tmp_path, 
         save_strategy="steps",
         push_to_hub=True,
         hub_model_id="alice/pushed",
-        hub_strategy="every_save",
+        hub_strategy="checkpoint" if peft else "every_save",
         hub_always_push=True,
         hub_token="hf_alice",
         hub_private_repo=True,
@@ -550,8 +563,9 @@ def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, hub, tmp_path, 
         check_layout(tmp_path / str(number))
         names = {path.rsplit("/")[-1] for path in files}
         assert {"modules.json", "student.py", "tokenizer.json", "distillation.json", "README.md"} <= names
-        assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} & names
-        assert not [path for path, data in files.items() if b"hf_alice" in data]
+        assert ("last-checkpoint/adapter_config.json" in files) == peft
+        assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} & ({*files} if peft else names)
+        assert not [path for path, data in files.items() if b"hf_alice" in data or str(tmp_path.parents[1]).encode() in data]
     assert not [p for p in Path(trainer.args.output_dir).rglob("*") if p.is_file() and b"hf_alice" in p.read_bytes()]
     assert not list(Path(trainer.args.output_dir).glob("_push*"))
     assert trainer.args.hub_token == "hf_alice"

@@ -176,6 +176,29 @@ def failing_evaluator():
     trainer("fail", max_steps=1, evaluators=[fail]).evaluate()
 
 
+def push():
+    """Every save is pushed, by the main process; the adapter's merged."""
+    from huggingface_hub import constants
+    from peft import LoraConfig
+
+    constants.HF_HUB_OFFLINE = False  # conftest goes offline
+
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["projection"])
+    hub = {
+        "push_to_hub": True,
+        "hub_strategy": "checkpoint",
+        "hub_always_push": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    for name, options in (("plain", {}), ("adapted", {"peft_config": config})):
+        made = trainer(f"pushed-{name}", max_steps=4, hub_model_id=f"alice/{name}", **hub, **options)
+        assert PartialState().num_processes == 2
+        made.train()
+        made.push_to_hub()
+        (FOLDER / f"pushed-{name}-{PartialState().process_index}").write_text(str(made.state.global_step))
+
+
 def zero3():
     """DeepSpeed ZeRO-3 on a CPU: as the yaml's, with `auto` filled in by the Trainer."""
     stage = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}

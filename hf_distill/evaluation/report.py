@@ -86,7 +86,7 @@ class RunReport:
         if trainer.resumed_at:  # what came before, another process timed
             since = f"training since step {trainer.resumed_at}"
             self.timings_s = {since if name == "training" else name: value for name, value in self.timings_s.items()}
-        shutil.rmtree(folder / "onnx", ignore_errors=True)  # of an earlier run, as its section of results.json is
+        shutil.rmtree(folder / "onnx", ignore_errors=True)  # its section of results.json goes, too
         results = {
             "recipe": self.recipe,
             "paper": self.paper,
@@ -188,7 +188,7 @@ def command(argv: list[str]) -> str:
         secret = flag.startswith("--") and "token" in flag and not value
         if flag.startswith("--") and "token" in flag and value:
             word = f"{flag}=…"
-        words.append(re.sub(r"(^|=)/(?:[^/=]+/)*([^/=]+)", r"\1…/\2", word))
+        words.append(re.sub(r"(^|[=,:])/(?:[^/=,]+/)*([^/=,]+)", r"\1…/\2", word))
     return " ".join(shlex.quote(word.replace("…", "_")).replace(word.replace("…", "_"), word) for word in words)
 
 
@@ -226,7 +226,9 @@ def _hardware() -> str:
 def write_results(folder: str | Path, results: Mapping[str, Any], name: str = "results") -> Path:
     """Write results.json (or another name), numbers rounded to what they are good for."""
     path = Path(folder) / f"{name}.json"
-    path.write_text(json.dumps(_rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # What identifies the run is compared with what its folder says, to the last digit.
+    exact = {key: results[key] for key in ("student", "teacher_fingerprint", "loss") if key in results}
+    path.write_text(json.dumps({**_rounded(results), **exact}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
