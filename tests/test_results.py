@@ -47,6 +47,17 @@ def test_card_is_made_from_the_result(name):
         assert (ROOT / plot).is_file()
 
 
+def test_a_run_since_they_are_measured_shows_intervals_precisions_and_speed():
+    card, result = (ROOT / "model_cards" / "hpd_60k.md").read_text(), STUDENTS["hpd_60k"]
+    low, high = result["rows"]["student"]["intervals"]["sts_avg"]
+    scores, speed = result["rows"]["student"]["scores"], result["speed"]["rows"]["student"]
+    assert low < scores["sts_avg"] < high
+    assert scores["sts_avg@binary"] < scores["sts_avg@int8"] == pytest.approx(scores["sts_avg"], abs=0.1)
+    assert speed["times_faster"] > 2
+    shown = (f"({low:.2f}–{high:.2f})", f"{scores['sts_avg@int8']:.2f}", f"{speed['texts_per_s']:.2f} |")
+    assert all(words in card for words in shown)
+
+
 def numbers(value):
     """Return every number of a result as a card may write it."""
     if isinstance(value, dict):
@@ -69,7 +80,7 @@ def said_without_source(card, results):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_card_says_no_number_that_its_result_lacks(name):
+def test_card_says_no_number_that_its_result_and_template_lack(name):
     card = (ROOT / "model_cards" / f"{name}.md").read_text()
     assert len(NUMBER.findall(card)) > 100
     assert said_without_source(card, STUDENTS[name]) == set()
