@@ -264,7 +264,8 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
 
 
 _MARKERS = "os^vDP*X"
-# What is shown of the first k dimensions.
+# What stands first in a table, and what is shown of the first k dimensions.
+_FIRST = ("sts_avg", "tatoeba_avg", "test_ndcg10")
 _BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10", "tatoeba_avg")
 
 
@@ -273,7 +274,8 @@ def score_table(results: Mapping[str, Any]) -> str:
     rows = {}
     for name, row in results.get("rows", {}).items():
         sure = {key: f" ({low:.2f}–{high:.2f})" for key, (low, high) in row.get("intervals", {}).items()}
-        scores = {key: f"{value:.2f}{sure[key]}" if key in sure else value for key, value in row["scores"].items()}
+        ordered = sorted(row["scores"].items(), key=lambda score: score[0] not in _FIRST)  # a wide table is cut on the right
+        scores = {key: f"{value:.2f}{sure[key]}" if key in sure else value for key, value in ordered}
         cells = {_heading(key): value for key, value in scores.items() if _heading(key) and not set(key) & set("@:")}
         rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
     return table(rows) if rows else ""
