@@ -431,7 +431,7 @@ def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> 
 def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Draw quality over memory and over the latency of one query, a colour a space, a marker a kind of index."""
     plt = pyplot()
-    from matplotlib import lines, ticker
+    from matplotlib import lines
 
     spaces, kinds = (list(dict.fromkeys(name.split(", ", 1)[side] for name in rows)) for side in (0, 1))
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
@@ -440,10 +440,8 @@ def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
             space, kind = name.split(", ", 1)
             style = {"color": f"C{spaces.index(space)}", "marker": _MARKERS[kinds.index(kind) % len(_MARKERS)]}
             axes.plot(row[key], row["recall"], linestyle="", markersize=8, alpha=0.8, **style)
-        axes.set(xscale="log", xlabel=label)
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        axes.set(xlabel=label)
+        _scale(axes)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="recall@10 × 100")
     shown = [lines.Line2D([], [], color=f"C{i}", linewidth=4, label=space) for i, space in enumerate(spaces)]
@@ -456,6 +454,16 @@ def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     plt.close(figure)
 
 
+def _scale(axes: Any) -> None:
+    """Let the horizontal axis be logarithmic, with plain numbers."""
+    from matplotlib import ticker
+
+    axes.set(xscale="log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+
+
 def draw_comparison(path: Path, rows: Mapping[str, Mapping[str, Any]], score: str) -> None:
     """Draw a score over "parameters M" and over "times as fast", a point an encoder."""
     plt = pyplot()
@@ -464,7 +472,9 @@ def draw_comparison(path: Path, rows: Mapping[str, Mapping[str, Any]], score: st
         for name, row in rows.items():
             axes.plot(row[what], row[score], "o")
             axes.annotate(name, (row[what], row[score]), textcoords="offset points", xytext=(6, 4), fontsize="small")
-        axes.set(xscale="log")
+        values = [row[what] for row in rows.values()]
+        if max(values) > 5 * min(values):
+            _scale(axes)
         axes.margins(x=0.25)  # room for the names
         axes.grid(alpha=0.3)
     panels[0].set(ylabel=f"{_heading(score)} × 100", xlabel="parameters (millions)")
