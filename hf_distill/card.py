@@ -47,10 +47,9 @@ def write_card(folder: str | Path, name: str, run: Mapping[str, Any] | None = No
             "would stand on its card. Delete it, or run the recipe again.".format(folder, *changed[0])
         )
     plots = sorted(plot.name for plot in folder.glob("*.png"))
-    projected = (folder / PROJECTION_FILE).exists()
-    path = folder / "README.md"
-    path.write_text(run_card({"student": student, **run, **results}, name, plots, projected) + "\n", encoding="utf-8")
-    return path
+    card = run_card({"student": student, **run, **results}, name, plots, (folder / PROJECTION_FILE).exists())
+    (folder / "README.md").write_text(card + "\n", encoding="utf-8")
+    return folder / "README.md"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -74,6 +73,9 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     losses = [part["name"] for part in loss.get("losses", [loss])]
     if measured and not facts.get("license"):
         logger.warning(f"card: {name} has no licence (--license); the card says none. A Hub user could not rely on it.")
+    asked = caution(facts["teacher_license"]) if teacher and "teacher_license" in facts else None
+    if measured and asked:
+        logger.warning(f"card: {asked} (--teacher_license, if its card does not name it.) The card says so, too.")
     data = ModelCardData(
         model_name=name,
         language=facts.get("language"),
@@ -104,7 +106,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         measured=measured,
         student=student,
         losses=losses,
-        caution=caution(facts["teacher_license"]) if teacher and "teacher_license" in facts else None,
+        caution=asked,
         tables=tables,
         paper=paper,
         pipeline=_pipeline(facts, losses),
@@ -141,7 +143,7 @@ def _pipeline(facts: Mapping[str, Any], losses: Sequence[str]) -> str:
     own += ["unit length"] if student.get("normalize") else []
     lines = [["query" if student.get("document_encoder") else "text", *own]]
     if facts.get("teacher"):
-        lines.insert(0, ["text", facts["teacher"], *([f"PCA to {reduced['dim']}"] if reduced else []), "kept on disk"])
+        lines.insert(0, ["text", facts["teacher"], *([f"PCA to {reduced['dim']}"] if reduced else [])])
     drawn = [" ─► ".join(line) for line in lines]
     width = max(map(len, drawn)) + 1
     ends = [" ─┐", " ─┴─► " + " + ".join(losses)] if len(drawn) > 1 else [""]

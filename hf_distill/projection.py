@@ -12,10 +12,10 @@ from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from .cache import TeacherCache
 from .hub import PROJECTION_FILE, publish
-from .teachers import fetch
 
 
 class PCAProjection:
@@ -141,9 +141,13 @@ class PCAProjection:
         Raises:
             OSError: If the student can't be had, or carries no projection.
         """
-        path = fetch(name, revision) / PROJECTION_FILE
-        if not path.exists():
-            raise OSError(f"PCAProjection: {name} has no {PROJECTION_FILE}, expected a student trained on a projected teacher.")
+        try:  # the file alone, not the student beside it
+            path = cached_file(str(name), PROJECTION_FILE, revision=revision)
+        except OSError as error:
+            raise OSError(
+                f"PCAProjection: {name} has no {PROJECTION_FILE} that can be had, expected a student trained on a projected "
+                f"teacher. ({error})"
+            ) from error
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, get_last_checkpoint
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -120,6 +121,11 @@ class DistillationTrainer(Trainer):
             **trainer_options,
         )
         require_strategy(self.accelerator.state)
+        if not isinstance(first, StudentModel) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "DistillationTrainer: adapters, and weights spread over devices (FSDP, ZeRO-3), expected whole weights to "
+                "merge the adapters into. What is saved would hold pieces. Use DDP or ZeRO-2, or train all weights."
+            )
         self.run_facts = self._describe_run(first)
         require_same(self.run_facts)
 

@@ -275,6 +275,17 @@ def test_a_run_without_a_licence_is_warned_of_in_log_and_card(make, caplog):
     assert ModelCard(card).data.license is None
 
 
+def test_what_a_teachers_licence_asks_for_is_said_in_log_and_card(make, caplog):
+    with caplog.at_level(logging.WARNING):
+        card = make(changed(teacher_license="cc-by-nc-4.0"))
+    words = "The teacher's licence (cc-by-nc-4.0) forbids commercial use"
+    assert words in card
+    assert words in caplog.text
+    caplog.clear()
+    assert "forbids" not in make(changed(teacher_license="mit"))
+    assert caplog.text == ""
+
+
 def test_a_run_with_a_licence_is_not_warned_of(make, caplog):
     with caplog.at_level(logging.WARNING):
         assert "No licence" not in make()

@@ -56,7 +56,7 @@ def test_rooms_keep_to_themselves():
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
         "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"licenses", "student"}),
         "cache.py": ({"torch", "transformers", "numpy", "huggingface_hub"}, {"hub", "processes", "shards", "teachers"}),
-        "projection.py": ({"torch", "safetensors", "huggingface_hub"}, {"cache", "hub", "teachers"}),
+        "projection.py": ({"torch", "transformers", "safetensors", "huggingface_hub"}, {"cache", "hub"}),
         "hub.py": ({"transformers", "huggingface_hub"}, set()),
         "licenses.py": (set(), set()),
         "papers.py": (set(), set()),

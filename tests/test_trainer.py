@@ -537,6 +537,13 @@ def test_what_was_measured_of_other_weights_goes_with_them(make):
     assert (folder / "results.json").exists()
 
 
+def test_adapters_on_weights_in_pieces_are_refused(make, monkeypatch):
+    monkeypatch.setattr("hf_distill.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    make()
+    with pytest.raises(ValueError, match=r"adapters, and weights spread over devices \(FSDP, ZeRO-3\)"):
+        make(peft_config=LoraConfig(target_modules="all-linear", modules_to_save=["projection"]))
+
+
 @pytest.mark.parametrize("peft", [False, True])
 def test_pushes_of_checkpoints_are_whole_and_hold_no_token(make, hub, tmp_path, peft):
     trainer = make(
