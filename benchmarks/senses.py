@@ -88,7 +88,11 @@ def main() -> None:
 
 def cells(scores: dict[str, float]) -> dict[str, float]:
     """Return what the table shows."""
-    return {key.removeprefix("sts_").replace("_", " "): value for key, value in scores.items() if not key.endswith("_std")}
+    return {
+        key.removeprefix("sts_").replace("_", " "): value
+        for key, value in scores.items()
+        if not key.endswith("_std") and "@" not in key
+    }
 
 
 if __name__ == "__main__":

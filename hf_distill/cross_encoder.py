@@ -228,6 +228,11 @@ class DualPoolingTeacher(Teacher):
         return cls(pairs, query_map, document_map, agreement, digest)
 
     @property
+    def live(self) -> None:
+        """None: it reads no text alone."""
+        return None
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """That of the reranker, and what the maps were fitted to."""
         return {"pairs": self.pairs.fingerprint, "dual_pooling": self.fitted_to}

@@ -56,7 +56,7 @@ def test_a_thin_student_learns_to_find_translations(run, folder):
     results = run("--tatoeba", str(folder / "tatoeba.tsv"), "--anchor", "true", "--num_train_epochs", "30")
     rows = {name: row["scores"] for name, row in results["rows"].items()}
     assert list(rows) == ["teacher", "untrained student", "student"]
-    assert rows["student"]["dev_avg"] > rows["untrained student"]["dev_avg"] + 10
+    assert rows["student"]["dev_avg"] > rows["untrained student"]["dev_avg"] + 5
     assert rows["student"]["tatoeba_trained"] > rows["untrained student"]["tatoeba_trained"] + 5
     assert {"tatoeba_other", "tatoeba_avg", "tatoeba:ccc", "tatoeba:aaa>eng", "tatoeba:eng>aaa"} <= rows["student"].keys()
     data = results["data"]

@@ -95,8 +95,9 @@ def test_the_interval_of_the_mean_is_over_pairs_of_each_set(tmp_path, rng):
     assert 2 < (right - left) / (high - low) < 3.2  # seven sets of one spread: narrower by the root of seven, 2.65
 
 
-def test_what_is_all_the_same_agrees_with_nothing():
+def test_what_is_all_the_same_agrees_with_nothing(rng):
     assert cosine_spearman(np.ones((4, 2)), np.ones((4, 2)), [1, 2, 3, 4]) == 0
+    assert embedding_fidelity(np.ones((20, 2)), rng.normal(size=(20, 3)))["fidelity_spearman"] == 0
 
 
 def test_tied_scores_share_their_rank():

@@ -35,8 +35,9 @@ def embedding_fidelity(student: np.ndarray, teacher: np.ndarray, neighbours: int
         np.fill_diagonal(matrix, -np.inf)
         nearest.append(np.argpartition(-matrix, neighbours, axis=1)[:, :neighbours])
     shared = [len(np.intersect1d(a, b)) / neighbours for a, b in zip(*nearest, strict=True)]
+    same = any(np.ptp(values) == 0 for values in cosines)  # there is no order to agree with
     return {
-        "fidelity_spearman": 100 * float(scipy.stats.spearmanr(*cosines).statistic),
+        "fidelity_spearman": 0.0 if same else 100 * float(scipy.stats.spearmanr(*cosines).statistic),
         "fidelity_neighbours": 100 * float(np.mean(shared)),
     }
 
