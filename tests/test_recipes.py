@@ -68,7 +68,7 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     assert scores["teacher"]["fidelity_spearman"] == pytest.approx(100)
     assert scores["student"]["fidelity_spearman"] > scores["untrained student"]["fidelity_spearman"]
     assert {"sts_STS12", "sts_avg", "sts_avg@4", "fidelity_spearman@4"} <= scores["student"].keys()
-    assert not any(key.partition("@")[2].isdigit() for key in scores["teacher"])  # a prefix of the teacher's own vectors means nothing
+    assert not any(key.partition("@")[2].isdigit() for key in scores["teacher"])  # no prefix of its own means anything
     assert results["data"] | {"sha256": 0} == {
         "name": "texts.jsonl",
         "rows": 260,
