@@ -438,7 +438,8 @@ def has_fast_bf16(device: torch.device | None = None) -> bool:
     """Whether the device multiplies bfloat16 in hardware, so that it is faster there, not only smaller."""
     if (device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def fetch(name: str | Path, revision: str | None = None, code: bool = False, kind: str = "model") -> Path:
