@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_distill.evaluation.report import provenance, pyplot, table, write_results
+from hf_distill.evaluation.plots import pyplot
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"

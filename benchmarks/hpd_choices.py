@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 from hf_distill.losses import AdditiveMarginSoftmax
 
 

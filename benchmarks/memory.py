@@ -81,7 +81,8 @@ def main() -> None:
         return
     from demo import gcide_texts
 
-    from hf_distill.evaluation.report import provenance, table, write_results
+    from hf_distill.evaluation.report import provenance, write_results
+    from hf_distill.evaluation.tables import table
 
     rows: dict[str, dict[str, float]] = {"caching": {}, "training": {}}
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,8 @@ import torch
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.cache import cache_folder
-from hf_distill.evaluation.report import RunReport, provenance, table, write_results
+from hf_distill.evaluation.report import RunReport, provenance, write_results
+from hf_distill.evaluation.tables import table
 from hf_distill.evaluation.word_sense import sense_vectors, statistics, word_similarity
 from hf_distill.losses import SenseLoss
 from hf_distill.sense_builder import build_senses

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
-from hf_distill.evaluation.report import provenance, table, write_results
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 from hf_distill.sense_builder import build_senses
 from hf_distill.token_teacher import TokenTeacher
 

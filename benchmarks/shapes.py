@@ -14,7 +14,9 @@ from pathlib import Path
 from compare import origin
 
 from hf_distill import EncoderTeacher
-from hf_distill.evaluation.report import draw_comparison, provenance, table, write_results
+from hf_distill.evaluation.plots import draw_comparison
+from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.tables import table
 from hf_distill.evaluation.uncertainty import timings
 
 

@@ -91,11 +91,11 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
     )
     tables = {}
     if measured or "onnx" in facts:
-        from .evaluation import report
+        from .evaluation import tables
 
-        shown = {"scores": report.score_table, "dimensions": report.dimension_table, "index": report.index_table}
-        shown |= {"languages": report.language_table, "speed": report.speed_table, "precisions": report.precision_table}
-        shown["onnx"] = report.onnx_table
+        shown = {"scores": tables.score_table, "dimensions": tables.dimension_table, "index": tables.index_table}
+        shown |= {"languages": tables.language_table, "speed": tables.speed_table, "precisions": tables.precision_table}
+        shown["onnx"] = tables.onnx_table
         tables = {name: draw(facts) for name, draw in shown.items()}
     made_by = json.dumps(facts.get("teacher_fingerprint"), sort_keys=True).encode()
     card = ModelCard.from_template(

@@ -160,7 +160,9 @@ def compare(
 
     Example: `hf-distill compare sentence-transformers/all-MiniLM-L6-v2 outputs/hpd --sts $DATA/sts --output outputs/compared`
     """
-    from .evaluation.report import draw_comparison, provenance, table, write_results
+    from .evaluation.plots import draw_comparison
+    from .evaluation.report import provenance, score_with_intervals, write_results
+    from .evaluation.tables import comparison_cells, table
     from .evaluation.uncertainty import timings
     from .teachers import EncoderTeacher
 
@@ -170,20 +172,13 @@ def compare(
     short = [Path(name).name for name in encoders]
     names = short if len(set(short)) == len(short) else encoders
     models = {name: EncoderTeacher(encoder, dtype="float32") for name, encoder in zip(names, encoders, strict=True)}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        scores = {key: value for evaluator in evaluators for key, value in evaluator(model.encode).items()}
-        sure = {key: value for evaluator in evaluators for key, value in evaluator.intervals().items()}
-        rows[name] = {"parameters": model.num_parameters, "dim": model.dim, "scores": scores, "intervals": sure}
     texts = evaluators[0].texts()[:64]
     speeds = timings({name: model.encode for name, model in models.items()}, texts, rounds)
-    shown = {}
-    for name, row in rows.items():
-        row["speed"] = speeds[name]
-        shown[name] = {"parameters M": row["parameters"] / 1e6, "dim": row["dim"]}
-        for key, (low, high) in row["intervals"].items():
-            shown[name] |= {key: row["scores"][key], f"{key}, 95 %": f"{low:.2f}–{high:.2f}"}
-        shown[name] |= {"texts/s": speeds[name]["texts_per_s"], "times as fast": speeds[name]["times_faster"]}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        measured = score_with_intervals(evaluators, model.encode)
+        rows[name] = {"parameters": model.num_parameters, "dim": model.dim, **measured, "speed": speeds[name]}
+    shown = {name: comparison_cells(row) for name, row in rows.items()}
     output.mkdir(parents=True, exist_ok=True)
     write_results(output, {"rows": rows, "texts": len(texts), "provenance": provenance(None)}, "comparison")
     draw_comparison(output / "comparison.png", shown, next(iter(rows[names[0]]["intervals"])))

@@ -3,9 +3,8 @@
 
 import inspect
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,12 @@ from .arguments import DistillationTrainingArguments
 from .card import write_card
 from .cross_encoder import pair
 from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
-from .hub import MEASURED, NOT_PUBLISHED, RUN_FILE, open_repository, publish
+from .hub import MEASURED, NOT_PUBLISHED, open_repository, publish
 from .layout import check_layout
 from .licenses import strictest
 from .losses import DistillationLoss
 from .processes import Evaluator, gather_rows, require_same, require_strategy, score
+from .runs import copy_checkpoint, plain, require_same_run, write_run
 from .student import TRAINING_HEAD, StudentModel
 from .teachers import ProjectedTeacher, Teacher
 
@@ -95,7 +95,7 @@ class DistillationTrainer(Trainer):
         self.resumed_at = 0  # the step that the last call of train() began with
         self._in_background = ThreadPoolExecutor(1)  # pushes, one after another
         first = model if model is not None else _first_model(trainer_options["model_init"])
-        student = student_of(first)
+        student, self._adapts = student_of(first), not isinstance(first, StudentModel)
         _require_teachers(student, loss, teacher, reranker, inherited_columns)
         tokenizer = trainer_options.pop("processing_class", None) or student.tokenizer
         given = [part for part in (train_dataset, eval_dataset) if part is not None]
@@ -120,14 +120,18 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_options,
         )
+        self.run_facts = self._describe_run(first)
+        require_same(self.run_facts)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and refuse what it would not do as asked, before a repository of the Hub is made."""
+        super().create_accelerator_and_postprocess()
         require_strategy(self.accelerator.state)
-        if not isinstance(first, StudentModel) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if self._adapts and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "DistillationTrainer: adapters, and weights spread over devices (FSDP, ZeRO-3), expected whole weights to "
                 "merge the adapters into. What is saved would hold pieces. Use DDP or ZeRO-2, or train all weights."
             )
-        self.run_facts = self._describe_run(first)
-        require_same(self.run_facts)
 
     def _prepare(self, dataset: Any, student: StudentModel, tokenizer: Any, args: Any, training: bool = False) -> Any:
         if dataset is None:
@@ -168,7 +172,7 @@ class DistillationTrainer(Trainer):
             facts |= {"reranker": self.reranker.name, "reranker_fingerprint": self.reranker.fingerprint}
         if self.inherited:
             facts["inherited_columns"] = self.inherited
-        return _plain(facts)
+        return plain(facts)
 
     @property
     def read(self) -> list[str]:
@@ -185,6 +189,8 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train; see `Trainer.train`.
 
+        What an earlier run measured in the folder (results.json, plots, onnx/) goes, once the weights are others.
+
         Raises:
             ValueError: If the output folder, or the checkpoint to resume from, holds another run: its checkpoints would be
                 mixed with this one's, or its weights trained toward other targets.
@@ -194,7 +200,7 @@ class DistillationTrainer(Trainer):
         self.resumed_at = 0
         if resume_from_checkpoint:
             found = get_last_checkpoint(str(folder)) if resume_from_checkpoint is True else resume_from_checkpoint
-            _require_same_run(Path(found or folder), self.run_facts)
+            require_same_run(Path(found or folder), self.run_facts)
             state = Path(found or folder) / "trainer_state.json"
             self.resumed_at = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
         elif any(folder.glob("checkpoint-*")):
@@ -322,7 +328,7 @@ class DistillationTrainer(Trainer):
                 for adapter in folder.glob("adapter_*"):
                     adapter.unlink()
                 merged(model).save_pretrained(folder)
-            _write_run(folder, self.run_facts)
+            write_run(folder, self.run_facts)
             if isinstance(self.teacher, ProjectedTeacher):
                 self.teacher.projection.save_pretrained(folder)
 
@@ -378,8 +384,7 @@ class DistillationTrainer(Trainer):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             kept = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             also = {kept: stage / "_checkpoint"}
-            shutil.copytree(checkpoint_folder, also[kept], copy_function=_link)
-            _forget_places(also[kept])
+            copy_checkpoint(checkpoint_folder, also[kept])
         message = f"Training in progress, step {self.state.global_step}"
         options = {"revision": args.hub_revision, "token": args.hub_token, "message": message, "also": also}
 
@@ -448,95 +453,8 @@ class DistillationTrainer(Trainer):
         super().end()
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the newest whole checkpoint: trainer_state.json is written last, so a killed save has none."""
-    whole = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
-    """Mark an output folder as this run's, before any long work.
-
-    Raises:
-        ValueError: If it holds another run, or a model that no run of ours left there.
-        OSError: If it can't be written.
-    """
-    folder = Path(folder)
-    if not (folder / RUN_FILE).exists() and ((folder / "config.json").exists() or any(folder.glob("checkpoint-*"))):
-        raise ValueError(
-            f"DistillationTrainer: {folder} holds a model that is not of this run, expected a new or empty folder. It would be "
-            "overwritten. Use another --output_dir."
-        )
-    _require_same_run(folder, _plain(facts), new=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_run(folder, facts)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"DistillationTrainer: {folder} can't be written ({error.strerror}). Use another --output_dir"
-        ) from error
-
-
-def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def _adapter_facts(model: Any) -> dict[str, Any]:
     return {**model.active_peft_config.to_dict(), "base_model_name_or_path": None}  # a folder of this machine, maybe
-
-
-def _forget_places(checkpoint: Path) -> None:
-    """Take out of the copy of a checkpoint what names folders of this machine; to go on takes none of it."""
-    for name in ("training_args.bin", "README.md"):
-        (checkpoint / name).unlink(missing_ok=True)
-    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("trainer_state.json", "best_model_checkpoint")):
-        path = checkpoint / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if content.get(key):
-            path.unlink()  # one of two names of the file; the checkpoint itself stays as it is
-            path.write_text(json.dumps({**content, key: Path(content[key]).name}, indent=2), encoding="utf-8")
-
-
-def _plain(facts: Any) -> Any:
-    """Return facts as JSON gives them back; sets in order, for each process has another."""
-
-    def other(value: Any) -> Any:
-        return sorted(value) if isinstance(value, set) else str(value)
-
-    return json.loads(json.dumps(facts, default=other))
-
-
-def _write_run(folder: Path, facts: dict[str, Any]) -> None:
-    path = folder / RUN_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, **_plain(facts)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) -> None:
-    path = folder / RUN_FILE
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if new and not saved:
-        return
-    facts = {key: value for key, value in facts.items() if key != "teacher_license"}  # no other targets for that
-    changed = [f"{key}: {a!r} there, {b!r} now" for key, a, b in _differences(saved, facts)]
-    if changed:
-        raise ValueError(
-            f"DistillationTrainer: {folder} holds another run ({'; '.join(changed)}), expected the same teacher, loss, student "
-            "and data. Weights would be trained toward other targets. Use another output_dir, or delete it."
-        )
-
-
-def _differences(saved: Any, facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key, value in facts.items():
-        old = saved.get(key) if isinstance(saved, dict) else None
-        if isinstance(value, dict) and isinstance(old, dict):
-            yield from _differences(old, value, f"{prefix}{key}.")
-        elif old != value:
-            yield f"{prefix}{key}", old, value
 
 
 def _first_model(model_init: Callable[..., Any]) -> Any:

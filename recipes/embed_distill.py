@@ -9,7 +9,8 @@ from inputs import begin, open_student
 from hf_distill.arguments import RetrievalArguments
 from hf_distill.losses import ContrastiveLoss, EmbeddingMatching, ScoreDistillation, WeightedLoss
 from hf_distill.projection import starting_map
-from hf_distill.trainer import DistillationTrainer, last_checkpoint
+from hf_distill.runs import last_checkpoint
+from hf_distill.trainer import DistillationTrainer
 
 
 @dataclass

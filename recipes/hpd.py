@@ -10,7 +10,8 @@ from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import HPDLoss, SimilarityLoss, WeightedLoss
 from hf_distill.projection import PCAProjection, starting_map
-from hf_distill.trainer import DistillationTrainer, last_checkpoint
+from hf_distill.runs import last_checkpoint
+from hf_distill.trainer import DistillationTrainer
 
 
 STARTS = ("auto", "pca", "orthogonal", "random")

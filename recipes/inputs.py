@@ -15,9 +15,9 @@ from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
+from hf_distill.runs import claim_output_dir
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher
-from hf_distill.trainer import claim_output_dir
 from hf_distill.vocabulary import prune_vocabulary
 
 

@@ -9,8 +9,9 @@ from translations import open_translations
 from hf_distill.arguments import TranslationArguments
 from hf_distill.build import LEALLA_SHAPES, plan
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
+from hf_distill.runs import last_checkpoint
 from hf_distill.teachers import AnchoredTeacher
-from hf_distill.trainer import DistillationTrainer, last_checkpoint
+from hf_distill.trainer import DistillationTrainer
 from hf_distill.vocabulary import vocabulary_for
 
 

@@ -10,9 +10,10 @@ from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
 from hf_distill.multi_sense import MultiSenseStudent
+from hf_distill.runs import last_checkpoint
 from hf_distill.senses import SELECTIONS
 from hf_distill.token_teacher import SenseTeacher
-from hf_distill.trainer import DistillationTrainer, last_checkpoint
+from hf_distill.trainer import DistillationTrainer
 
 
 @dataclass

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hf_distill import StudentModel, TeacherCache
 from hf_distill.layout import check_layout
-from hf_distill.trainer import last_checkpoint
+from hf_distill.runs import last_checkpoint
 from hub_server import HubServer
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
 
 from hf_distill import EncoderTeacher, StudentModel
-from hf_distill.evaluation.report import dimension_table
+from hf_distill.evaluation.tables import dimension_table
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -21,8 +21,8 @@ from hf_distill import (
 from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation
+from hf_distill.runs import claim_output_dir, last_checkpoint
 from hf_distill.teachers import Teacher
-from hf_distill.trainer import claim_output_dir, last_checkpoint
 
 
 def make_student(folder, dropout=0.0, dim=24):
@@ -539,9 +539,15 @@ def test_what_was_measured_of_other_weights_goes_with_them(make):
 
 def test_adapters_on_weights_in_pieces_are_refused(make, monkeypatch):
     monkeypatch.setattr("hf_distill.trainer.is_deepspeed_zero3_enabled", lambda: True)
-    make()
+    monkeypatch.setattr("hf_distill.trainer.open_repository", lambda name, **_: made.append(name) or name)
+    made = []
+    make(push_to_hub=True, hub_token="t")
+    assert len(made) == 1
     with pytest.raises(ValueError, match=r"adapters, and weights spread over devices \(FSDP, ZeRO-3\)"):
-        make(peft_config=LoraConfig(target_modules="all-linear", modules_to_save=["projection"]))
+        make(
+            push_to_hub=True, hub_token="t", peft_config=LoraConfig(target_modules="all-linear", modules_to_save=["projection"])
+        )
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -140,7 +140,7 @@ def die():
 
 
 def go_on():
-    from hf_distill.trainer import last_checkpoint
+    from hf_distill.runs import last_checkpoint
 
     run = trainer("died-run", max_steps=10, save_strategy="steps", save_steps=2, train_sampling_strategy="group_by_length")
     checkpoint = last_checkpoint(FOLDER / "died-run")
@@ -295,7 +295,7 @@ def checkpoint_kills():
     import transformers.modeling_utils
 
     import hf_distill.student
-    from hf_distill.trainer import last_checkpoint
+    from hf_distill.runs import last_checkpoint
 
     options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "group_by_length"}
     writes, kill_at = [], 0

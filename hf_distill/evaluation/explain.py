@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from ..token_teacher import SenseTeacher
-from .report import pyplot, table
+from .plots import pyplot
+from .tables import table
 from .word_sense import word_tokens
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run measured: results.json, tables and plots."""
+"""What a run measured: results.json."""
 
 import contextlib
 import csv
-import importlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import torch
 from ..hub import NOT_PUBLISHED, PROJECTION_FILE, files_of
 from ..layout import check_layout, open_student
 from ..processes import score
+from .plots import draw_plots
+from .tables import dimension_table, score_table
 from .uncertainty import timings
 
 
@@ -61,12 +62,9 @@ class RunReport:
             dim: Length of its embeddings.
             prefixes: Whether its first dimensions are an embedding of their own.
         """
-        scores = score(self.evaluators, encode)
-        scores = {key: value for key, value in scores.items() if prefixes or not key.partition("@")[2].isdigit()}
-        own = [getattr(evaluator, "intervals", dict)() for evaluator in self.evaluators]  # a plain function has none
-        intervals = {key: value for found in own for key, value in found.items()}
-        self.rows[name] = {"parameters": parameters, "dim": dim, "scores": scores}
-        self.rows[name] |= {"intervals": intervals} if intervals else {}
+        row = {"parameters": parameters, "dim": dim, **score_with_intervals(self.evaluators, encode)}
+        row["scores"] = {key: value for key, value in row["scores"].items() if prefixes or not key.partition("@")[2].isdigit()}
+        self.rows[name] = row
 
     def finish(self, trainer: Any, recipe: Any, data: Mapping[str, Any], **facts: Any) -> str:
         """Write everything into the trainer's output folder; return the closing table and how to load the student.
@@ -134,6 +132,14 @@ class RunReport:
                 'model.encode(["A text."])',
             ]
         )
+
+
+def score_with_intervals(evaluators: Sequence[Callable[[Any], dict[str, float]]], encode: Any) -> dict[str, dict[str, Any]]:
+    """Return "scores", and the "intervals" of those that have one; see `hf_distill.processes.score`."""
+    scores = score(evaluators, encode)
+    own = [getattr(evaluator, "intervals", dict)() for evaluator in evaluators]  # a plain function has none
+    intervals = {key: value for found in own for key, value in found.items()}
+    return {"scores": scores, **({"intervals": intervals} if intervals else {})}
 
 
 def measure_speed(trainer: Any, folder: Path, count: int = 64) -> dict[str, Any]:
@@ -238,260 +244,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def table(rows: Mapping[str, Mapping[str, Any]], first: str = "") -> str:
-    """Return a Markdown table: a line a row, a column a score; a dash where a row lacks it.
-
-    Args:
-        rows: Name of a row -> its cells by column.
-        first: Heading of the column of names.
-    """
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [[first, *columns]]
-    for name, row in rows.items():
-        cells = [row.get(column, "–") for column in columns]
-        lines.append([name, *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| "
-        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
-
-
-_MARKERS = "os^vDP*X"
-# What stands first in a table, and what is shown of the first k dimensions.
-_FIRST = ("sts_avg", "tatoeba_avg", "test_ndcg10")
-_BY_DIMENSION = ("sts_avg", "fidelity_spearman", "dev_ndcg10", "test_ndcg10", "tatoeba_avg")
-
-
-def score_table(results: Mapping[str, Any]) -> str:
-    """Return the rows of results.json as a table: the scores at full width, with short headings."""
-    rows = {}
-    for name, row in results.get("rows", {}).items():
-        sure = {key: f" ({low:.2f}–{high:.2f})" for key, (low, high) in row.get("intervals", {}).items()}
-        ordered = sorted(row["scores"].items(), key=lambda score: score[0] not in _FIRST)  # a wide table is cut on the right
-        scores = {key: f"{value:.2f}{sure[key]}" if key in sure else value for key, value in ordered}
-        cells = {_heading(key): value for key, value in scores.items() if _heading(key) and not set(key) & set("@:")}
-        rows[name] = {"params": f"{row['parameters'] / 1e6:.1f}M", "dim": row["dim"], **cells}
-    return table(rows) if rows else ""
-
-
-def _heading(key: str) -> str | None:
-    """Return the heading of a score; None for one that only results.json holds."""
-    short = {"fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN", "sts_avg": "STS avg"}
-    ranking = {"ndcg10": "nDCG@10", "mrr10": "MRR@10", "recall10": None, "recall100": "recall@100", "map100": None}
-    queries, _, measure = key.rpartition("_")
-    if measure in ranking:
-        return ranking[measure] and f"{queries} {ranking[measure]}"
-    return short.get(key, key.removeprefix("sts_").replace("_", " "))
-
-
-def dimension_table(results: Mapping[str, Any]) -> str:
-    """Return the scores of the first k dimensions, for each k that was measured; "" for none."""
-    return _form_table(results, str.isdigit)
-
-
-def precision_table(results: Mapping[str, Any]) -> str:
-    """Return the scores with 8 bits a number and with one, where they were measured; "" for none."""
-    return _form_table(results, lambda form: not form.isdigit())
-
-
-def _form_table(results: Mapping[str, Any], wanted: Callable[[str], bool]) -> str:
-    rows: dict[str, dict[str, float]] = {}
-    for name, row in results.get("rows", {}).items():
-        for key, value in row["scores"].items():
-            score, _, form = key.partition("@")
-            if form and wanted(form) and score in _BY_DIMENSION:
-                rows.setdefault(name, {})[f"{_heading(score)} @{form}"] = value
-    return table(rows) if rows else ""
-
-
-def speed_table(results: Mapping[str, Any]) -> str:
-    """Return texts per second of teacher and student, side by side; "" where they were not measured."""
-    rows = results.get("speed", {}).get("rows", {})
-    short = {"precision": "precision", "texts_per_s": "texts/s", "times_faster": "× as fast", "from": "from", "to": "to"}
-    shown = {name: {short[key]: row[key] for key in short if row.get(key)} for name, row in rows.items()}
-    return table(shown) if shown else ""
-
-
-def onnx_table(results: Mapping[str, Any]) -> str:
-    """Return what each exported graph weighs, and how close it comes to the student; "" where none was exported."""
-    short = {"sts_avg": "STS avg", "fidelity_spearman": "fidelity ρ", "fidelity_neighbours": "same 10-NN"}
-    rows = {}
-    for file, row in results.get("onnx", {"files": {}})["files"].items():
-        cosines = {"smallest cosine": f"{row['cosine_min']:.4f}", "mean cosine": f"{row['cosine_mean']:.4f}"}
-        scores = {heading: row["scores"][key] for key, heading in short.items() if key in row["scores"]}
-        rows[f"`{file}`"] = {"MB": f"{row['mb']:.1f}", **cosines, **scores}
-    return table(rows) if rows else ""
-
-
-def language_table(results: Mapping[str, Any]) -> str:
-    """Return a line a language: the pairs that were trained on, and every row's accuracy, both directions' mean; or ""."""
-    found = _languages(results)
-    pairs = results.get("data", {}).get("languages", {})
-    trained, other = ([code for code in found if (code in pairs) == side] for side in (True, False))
-    return table({code: {"pairs": pairs.get(code, 0), **found[code]} for code in trained + other}) if found else ""
-
-
-def _languages(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return language -> row -> accuracy, of the test, or of dev where there is none."""
-    keys = [key for key in _keys(results) if ":" in key and ">" not in key]
-    test = next((name for name in ("tatoeba", "test", "dev") if any(key.startswith(f"{name}:") for key in keys)), None)
-    codes = sorted(key.partition(":")[2] for key in keys if key.startswith(f"{test}:"))
-    return {code: {name: row["scores"][f"{test}:{code}"] for name, row in results["rows"].items()} for code in codes}
-
-
-def index_table(results: Mapping[str, Any]) -> str:
-    """Return the report of indexes as a table with short headings; "" where there is none."""
-    rows = results.get("index", {})
-    short = {
-        "dim": "dim",
-        "mb_per_million": "MB per million",
-        "times_smaller": "× smaller",
-        "recall": "recall@10",
-        "ndcg": "nDCG@10",
-        "overlap": "same 10",
-        "p50_ms": "p50 ms",
-        "p95_ms": "p95 ms",
-        "times_faster": "× faster",
-        "batch_qps": "queries/s, batch",
-        "times_faster_batch": "× faster, batch",
-        "build_s": "build s",
-    }
-    return table({name: {heading: row[key] for key, heading in short.items()} for name, row in rows.items()}) if rows else ""
-
-
-def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
-    """Draw training.png (loss over steps), dimensions.png (quality over dimensions), index.png; return their names."""
-    plt = pyplot()
-    folder, drawn = Path(folder), []
-    steps = [line for line in results["log_history"] if "loss" in line]
-    if len(steps) > 1:
-        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        for part in sorted({key for line in steps for key in line if key.startswith("loss_")}):
-            values = [line[part] for line in steps]
-            if max(values) > 1e-6:  # what is zero by its definition, but for rounding, would set the scale
-                axes.plot([line["step"] for line in steps], values, label=part.removeprefix("loss_"))
-        axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training loss")
-        axes.legend(title="part")
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / "training.png", dpi=120)
-        drawn.append("training.png")
-    cut = {key.partition("@")[0] for key in _keys(results) if key.partition("@")[2].isdigit()}
-    kinds = [kind for kind in _BY_DIMENSION if kind in cut]
-    if kinds:
-        figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.5), layout="constrained", squeeze=False)
-        for axes, kind in zip(panels[0], kinds, strict=True):
-            for name, row in results["rows"].items():
-                parts = ((*key.partition("@")[::2], value) for key, value in row["scores"].items())
-                points = [(int(dim), value) for score, dim, value in parts if score == kind and dim.isdigit()]
-                if points:
-                    axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-                elif kind in row["scores"]:
-                    axes.axhline(row["scores"][kind], color="black", linestyle=":", label=f"{name} ({row['dim']}-d)")
-            axes.set(xlabel="first dimensions used", ylabel=f"{_heading(kind)} × 100", title=_heading(kind))
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-        figure.savefig(folder / "dimensions.png", dpi=120)
-        drawn.append("dimensions.png")
-    plt.close("all")
-    if "index" in results:
-        draw_index(folder / "index.png", results["index"])
-        drawn.append("index.png")
-    languages = _languages(results)
-    if languages:
-        draw_languages(folder / "languages.png", languages)
-        drawn.append("languages.png")
-    return drawn
-
-
-def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a group of bars a language, those that the first row does best first."""
-    plt = pyplot()
-    names = list(next(iter(languages.values())))
-    order = sorted(languages, key=lambda code: -languages[code][names[0]])
-    figure, axes = plt.subplots(figsize=(max(6, 0.22 * len(order) * len(names) ** 0.5 + 2), 3.5), layout="constrained")
-    for place, name in enumerate(names):
-        shifted = [i + (place - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(order))]
-        axes.bar(shifted, [languages[code][name] for code in order], width=0.8 / len(names), label=name)
-    axes.set_xticks(range(len(order)), order, rotation=90 if len(order) > 12 else 0)
-    axes.set(ylabel="accuracy × 100", title="Translations found, mean of both directions", ylim=(0, 100))
-    axes.margins(x=0.01)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_index(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw quality over memory and over the latency of one query, a colour a space, a marker a kind of index."""
-    plt = pyplot()
-    from matplotlib import lines
-
-    spaces, kinds = (list(dict.fromkeys(name.split(", ", 1)[side] for name in rows)) for side in (0, 1))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axes, key, label in zip(panels, ("mb_per_million", "p50_ms"), ("MB per million vectors", "ms a query"), strict=True):
-        for name, row in rows.items():
-            space, kind = name.split(", ", 1)
-            style = {"color": f"C{spaces.index(space)}", "marker": _MARKERS[kinds.index(kind) % len(_MARKERS)]}
-            axes.plot(row[key], row["recall"], linestyle="", markersize=8, alpha=0.8, **style)
-        axes.set(xlabel=label)
-        _scale(axes)
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="recall@10 × 100")
-    shown = [lines.Line2D([], [], color=f"C{i}", linewidth=4, label=space) for i, space in enumerate(spaces)]
-    shown += [
-        lines.Line2D([], [], color="black", linestyle="", marker=_MARKERS[i % len(_MARKERS)], label=kind)
-        for i, kind in enumerate(kinds)
-    ]
-    figure.legend(handles=shown, loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _scale(axes: Any) -> None:
-    """Let the horizontal axis be logarithmic, with plain numbers."""
-    from matplotlib import ticker
-
-    axes.set(xscale="log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
-
-
-def draw_comparison(path: Path, rows: Mapping[str, Mapping[str, Any]], score: str) -> None:
-    """Draw a score over "parameters M" and over "times as fast", a point an encoder."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for axes, what in zip(panels, ("parameters M", "times as fast"), strict=True):
-        for name, row in rows.items():
-            axes.plot(row[what], row[score], "o")
-            axes.annotate(name, (row[what], row[score]), textcoords="offset points", xytext=(6, 4), fontsize="small")
-        values = [row[what] for row in rows.values()]
-        if max(values) > 5 * min(values):
-            _scale(axes)
-        axes.margins(x=0.25)  # room for the names
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel=f"{_heading(score)} × 100", xlabel="parameters (millions)")
-    panels[1].set(xlabel=f"encode speed, times that of {next(iter(rows))}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, drawing to files."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_distill[eval]'") from error
-    matplotlib.use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
-
-
-def _keys(results: Mapping[str, Any]) -> set[str]:
-    return {key for row in results.get("rows", {}).values() for key in row["scores"]}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from hf_distill.card import run_card
-from hf_distill.evaluation.report import dimension_table, index_table, language_table, score_table, table
+from hf_distill.evaluation.tables import dimension_table, index_table, language_table, score_table, table
 
 
 HERE = Path(__file__).parent

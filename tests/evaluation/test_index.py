@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional
 
 from hf_distill.evaluation.index import KINDS, Space, _build, index_report
-from hf_distill.evaluation.report import draw_index, index_table
+from hf_distill.evaluation.plots import draw_index
+from hf_distill.evaluation.tables import index_table
 
 
 def vectors(count, dim=16, seed=0):

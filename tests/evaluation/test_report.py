@@ -13,18 +13,9 @@ import torch
 from matplotlib import pyplot
 
 from hf_distill.evaluation import report
-from hf_distill.evaluation.report import (
-    RunReport,
-    command,
-    commit,
-    dimension_table,
-    draw_plots,
-    measure_speed,
-    provenance,
-    score_table,
-    table,
-    write_results,
-)
+from hf_distill.evaluation.plots import draw_plots
+from hf_distill.evaluation.report import RunReport, command, commit, measure_speed, provenance, write_results
+from hf_distill.evaluation.tables import dimension_table, score_table, table
 
 
 RESULTS = {
