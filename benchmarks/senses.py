@@ -62,7 +62,7 @@ def main() -> None:
     fill_in(recipe)
     report = RunReport("multi_sense", SenseLoss.paper)
     tasks = EndTasks(recipe, report)
-    texts = training_texts(recipe, args, tasks.texts())
+    texts = training_texts(recipe, args, tasks.seen)
     rows: dict[str, dict[str, Any]] = {}
     for layer in layers:
         options = {"layer": layer, "max_length": recipe.teacher_max_length}

@@ -186,6 +186,7 @@ class RecipeArguments:
             "backbone_name",
             "texts_name",
             "words",
+            "index_report",
         )
         return {key: value for key, value in asdict(self).items() if key not in places}
 

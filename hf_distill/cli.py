@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -133,7 +134,7 @@ def evaluate(
 
     if sts is None and retrieval is None and (teacher is None or texts is None):
         raise ValueError("evaluate: nothing to score by, expected --sts, --retrieval, or --teacher with --texts.")
-    model = EncoderTeacher(encoder, pooling=pooling)
+    model = _open(encoder, pooling=pooling)
     evaluators = _evaluators(sts, retrieval, split, dim or [])
     if teacher and texts:
         held_out = _first_texts(texts, max_texts)
@@ -164,14 +165,13 @@ def compare(
     from .evaluation.report import provenance, score_with_intervals, write_results
     from .evaluation.tables import comparison_cells, table
     from .evaluation.uncertainty import timings
-    from .teachers import EncoderTeacher
 
     evaluators = _evaluators(sts, retrieval, split, [])
     if not evaluators or len(encoders) < 2:
         raise ValueError("compare: nothing to compare, expected two encoders or more, and --sts or --retrieval.")
     short = [Path(name).name for name in encoders]
     names = short if len(set(short)) == len(short) else encoders
-    models = {name: EncoderTeacher(encoder, dtype="float32") for name, encoder in zip(names, encoders, strict=True)}
+    models = {name: _open(encoder, dtype="float32") for name, encoder in zip(names, encoders, strict=True)}
     texts = evaluators[0].texts()[:64]
     speeds = timings({name: model.encode for name, model in models.items()}, texts, rounds)
     rows: dict[str, dict[str, Any]] = {}
@@ -183,6 +183,22 @@ def compare(
     write_results(output, {"rows": rows, "texts": len(texts), "provenance": provenance(None)}, "comparison")
     draw_comparison(output / "comparison.png", shown, next(iter(rows[names[0]]["intervals"])))
     _OUT.print(table(shown), highlight=False, soft_wrap=True)
+
+
+def _open(name: str, **options: Any) -> Any:
+    """Return an encoder, with its senses if it speaks in senses: `encode`, name, num_parameters, dim."""
+    import torch
+
+    from .layout import open_student
+    from .teachers import EncoderTeacher, fetch
+
+    folder = fetch(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
+    if "senses" not in config.get("hf_distill", {}):
+        return EncoderTeacher(name, **options)
+    student = open_student(name)
+    student.to("cuda" if torch.cuda.is_available() else "cpu")
+    return SimpleNamespace(name=name, encode=student.encode, num_parameters=student.num_parameters(), dim=student.dim)
 
 
 def _evaluators(sts: Path | None, retrieval: str | None, split: str, dims: list[int]) -> list[Any]:

@@ -405,8 +405,8 @@ class TrainingTexts:
         columns = text_columns(dataset, columns)
         require_texts(dataset, columns)
         rows, leaked = find_leaks(dataset, columns, leaks_from)
-        keep = np.setdiff1d(np.arange(len(dataset)), rows)
-        keep = np.random.default_rng(seed).permutation(keep)
+        order = np.random.default_rng(seed).permutation(len(dataset))  # one leak more leaves the rest where it is
+        keep = order[~np.isin(order, rows)]
         count = min(held_out, len(keep) // 5)
         texts = list(dict.fromkeys(dataset.select(keep[:count])[columns[0]]))
         whole = dataset.select(keep).select_columns(columns)

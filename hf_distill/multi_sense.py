@@ -50,6 +50,7 @@ class MultiSenseStudent(StudentModel):
             )
         self.dictionary: SenseDictionary | None = None
         self.replace = True
+        self.scored_in_training = True  # False spares a loss that does not look at the scores their cost
 
     @classmethod
     def from_backbone(cls, name: str, *, bidirectional: bool = False, **options: Any) -> "MultiSenseStudent":
@@ -141,7 +142,7 @@ class MultiSenseStudent(StudentModel):
             states = hidden.float() if self.dtype == torch.float32 else hidden
             states = states if self.projection is None else self.projection(states)
             found = MultiSenseOutput(**output, states=states)
-            if self.dictionary is None:
+            if self.dictionary is None or (self.training and not self.scored_in_training):
                 return found
             scores = self.dictionary.all_scores(states, input_ids, mask, self.settings["senses"]["select"])
             found["sense_scores"] = scores

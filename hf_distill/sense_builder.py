@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,39 +43,67 @@ def build_senses(
     a launch encodes its share of them, and clusters its share of the tokens. The folder keeps finished blocks: killed and
     called again, it goes on after them.
 
-    Memory: about 60 bytes for each occurrence that was ever kept, the states of one group of tokens (256 MB), and those of one
-    block (at most 5 MB times the tokens of its longest text); disk: 2 D + 12 bytes for each occurrence that was ever kept.
+    Memory of a process: about 80 bytes for each occurrence that was ever kept, the states of a group of tokens (256 MB), those
+    of one block (at most 5 MB times the tokens of its longest text), and at the end four times the dictionary as it is saved;
+    disk: 2 D + 12 bytes for each occurrence that was ever kept, and the senses.
 
     Args:
         teacher: Whose states.
         texts: Any iterable; equal ones count once.
         folder: Where blocks are kept while it is made.
-        k: Senses a token; or a rule, states [n, D] -> k (`markov_senses`). A token with no more distinct states keeps them raw.
+        k: Senses a token; or a rule, states [n, D] -> k (`markov_senses`), a function with a name of its own: what is kept in
+            the folder is found again by it. A token with no more distinct states keeps them raw.
         cap: Occurrences a token at most.
         seed: Of k-means.
         batch_size: Texts of one teacher batch.
 
     Raises:
         ImportError: If faiss is not installed.
-        ValueError: If k or cap is not positive, there is no text, or a state does not fit float16.
+        ValueError: If k or cap is not positive, k is larger than cap, a rule has no name, there is no text, or a state does not
+            fit float16.
     """
     if importlib.util.find_spec("faiss") is None:
         raise ImportError("Sense dictionaries need faiss. Install it with: pip install 'hf_distill[retrieval]'")
-    if (isinstance(k, int) and k < 1) or cap < 1:
-        raise ValueError(f"build_senses: k is {k}, cap {cap}, expected 1 or more. A token without senses can't be replaced.")
+    if cap < 1 or (isinstance(k, int) and not 1 <= k <= cap):
+        raise ValueError(
+            f"build_senses: k is {k}, cap {cap}, expected from 1 to cap senses. Without one a token can't be replaced, and of "
+            "more than there are states of it none would be a centre."
+        )
+    rule = {"k": k} if isinstance(k, int) else {"rule": _name(k)}
     folder, size = Path(folder), len(teacher.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     paths, count, digest = _keep_states(teacher, texts, folder, cap, batch_size)
     taken = _merge(paths, size, cap)
-    rule = {"k": k} if isinstance(k, int) else {"rule": getattr(k, "__name__", str(k))}
     ids, senses, counts = _keep_senses(paths, taken, folder / f"senses-{_digest(digest, rule, seed)}", k, seed)
     order = np.argsort(ids, kind="stable")
     offsets = np.searchsorted(ids[order], np.arange(size + 1))
     facts = {"teacher": teacher.name, "revision": teacher.revision, "fingerprint": teacher.fingerprint, "layer": teacher.layer}
     facts |= {**rule, "cap": cap, "seed": seed, "texts": count, "occurrences": len(taken)}
-    # In the precision that they are saved in, so that the dictionary at hand is the one that is opened again.
-    tensors = (torch.from_numpy(values) for values in (senses[order].astype(np.float16), offsets, counts[order]))
+    raw = _share_raw(taken[:, 0], k) if isinstance(k, int) else 0.0
+    if raw > 0.9:
+        logger.warning(
+            f"build_senses: {raw:.0%} of the tokens occur no more than {k} times: their senses are single states, not what "
+            "states have in common. Take more texts, or a smaller k."
+        )
+    tensors = (torch.from_numpy(values) for values in (senses[order], offsets, counts[order]))
     return SenseDictionary(*tensors, facts, teacher.tokenizer)
+
+
+def _name(rule: Rule) -> str:
+    """Return what a rule is found again by."""
+    function, settings = (rule.func, [rule.args, rule.keywords]) if isinstance(rule, partial) else (rule, [])
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<')}"
+    if "<" in name:
+        raise ValueError(
+            f"build_senses: the rule for k is {rule!r}, expected a function of a module, or a partial of one: the folder keeps "
+            "its senses under its name, and another rule without one would be given them. Define it outside functions."
+        )
+    return name + (f" {settings}" if settings else "")
+
+
+def _share_raw(ids: np.ndarray, k: int) -> float:
+    """Return the share of tokens with no more than k occurrences."""
+    return float((np.unique(ids, return_counts=True)[1] <= k).mean())
 
 
 def _keep_states(
@@ -93,7 +122,7 @@ def _keep_states(
                 found = _gather(teacher, block, sample, batch_size)
                 write_whole(paths[-1], save(found))
             sample.add(read_tensor(paths[-1], "ids"), read_tensor(paths[-1], "hashes"))
-            logger.info(f"build_senses: {count} texts, {len(sample.ids)} occurrences of {len(np.unique(sample.ids))} tokens.")
+            logger.info(f"build_senses: {count} texts read.")
     if not paths:
         raise ValueError("build_senses: there are no texts, expected some. No token would have a sense.")
     state.wait_for_everyone()
@@ -106,7 +135,7 @@ def _keep_senses(paths: list[Path], taken: np.ndarray, made: Path, k: int | Rule
     files = [Path(f"{made}-{rank}-of-{state.num_processes}.safetensors") for rank in range(state.num_processes)]
     if not files[state.process_index].exists():
         width = read_tensor(paths[0], "states").shape[1]
-        empty = {"ids": np.empty(0, int), "senses": np.empty((0, width), np.float32), "counts": np.empty(0, int)}
+        empty = {"ids": np.empty(0, int), "senses": np.empty((0, width), np.float16), "counts": np.empty(0, int)}
         own = {name: [values] for name, values in empty.items()}
         for token, vectors in _by_token(paths, taken, state.process_index, state.num_processes):
             centroids, counts = _cluster(vectors, k, seed)
@@ -121,14 +150,21 @@ def _keep_senses(paths: list[Path], taken: np.ndarray, made: Path, k: int | Rule
 
 
 class _Sample:
-    """The occurrences of smallest hash of each token, so far: ids and hashes in order, and what a new one must be under."""
+    """The occurrences of smallest hash of each token, so far: ids and hashes, and what a new one must be under."""
 
     def __init__(self, size: int, cap: int) -> None:
         self.cap, self.bounds = cap, np.full(size, np.iinfo(np.uint64).max, np.uint64)
         self.ids, self.hashes = np.empty(0, np.int32), np.empty(0, np.uint64)
+        self.new: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, ids: np.ndarray, hashes: np.ndarray) -> None:
-        self.ids, self.hashes = np.concatenate([self.ids, ids]), np.concatenate([self.hashes, hashes])
+        self.new.append((ids, hashes))
+        # Sorted at every block, a large sample would be sorted thousands of times. Late bounds only keep some more for a while.
+        if 4 * sum(len(more) for more, _ in self.new) < len(self.ids):
+            return
+        self.ids = np.concatenate([self.ids, *(more for more, _ in self.new)])
+        self.hashes = np.concatenate([self.hashes, *(more for _, more in self.new)])
+        self.new = []
         kept = _smallest(self.ids, self.hashes, self.cap)
         self.ids, self.hashes = self.ids[kept], self.hashes[kept]
         last = np.flatnonzero(np.append(self.ids[1:] != self.ids[:-1], True))
@@ -235,16 +271,16 @@ def _cluster(vectors: np.ndarray, k: int | Rule, seed: int) -> tuple[np.ndarray,
     import faiss
 
     wanted = k if isinstance(k, int) else max(1, int(k(vectors)))
-    distinct, counts = np.unique(vectors, axis=0, return_counts=True)
-    if len(distinct) <= wanted:
-        return distinct, counts
+    if len({row.tobytes() for row in vectors}) <= wanted:
+        distinct, counts = np.unique(vectors, axis=0, return_counts=True)
+        return distinct.astype(np.float16), counts
     kmeans = faiss.Kmeans(
         vectors.shape[1], wanted, seed=seed, niter=25, min_points_per_centroid=1, max_points_per_centroid=len(vectors),
         gpu=bool(torch.cuda.is_available() and faiss.get_num_gpus()) if "get_num_gpus" in dir(faiss) else False,
     )  # fmt: skip
     kmeans.train(vectors)
     _, closest = kmeans.index.search(vectors, 1)
-    return kmeans.centroids, np.bincount(closest[:, 0], minlength=wanted)
+    return kmeans.centroids.astype(np.float16), np.bincount(closest[:, 0], minlength=wanted)
 
 
 def markov_senses(states: np.ndarray, few: int = 5, at_most: int = 2000, **settings: Any) -> int:

@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 
 SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
-_NUMBERS = 1 << 26  # of candidates that are gathered at a time, [tokens, K, D]: 256 MB
+_NUMBERS = 1 << 26  # of candidates that are gathered at a time, [tokens, K, D]: 256 MB, in training, too
 _PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 
 
@@ -35,8 +36,8 @@ class SenseDictionary:
     Source: the sense dictionary of Wang et al. 2025, https://huggingface.co/papers/2504.06036: centroids of a token's
     contextual states in a teacher's last layer.
 
-    It is no module: its tensors are in no checkpoint, keep their precision, and are not sent round by DDP. They are copied once
-    to each device that states lie on.
+    It is no module: its tensors are in no checkpoint and are not sent round by DDP. They are held in the precision that they
+    are published in, float16, once on each device that states lie on; what is computed with them, in float32.
 
     Args:
         senses: [S, D].
@@ -46,10 +47,11 @@ class SenseDictionary:
         tokenizer: The teacher's.
 
     Raises:
-        ValueError: If the tensors do not fit each other, or a sense is not finite.
+        ValueError: If the tensors do not fit each other, or a sense is not finite in float16.
     """
 
     def __init__(self, senses: Tensor, offsets: Tensor, counts: Tensor, facts: Mapping[str, Any], tokenizer: Any) -> None:
+        senses = senses.half()
         whole = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(senses) and bool((offsets.diff() >= 0).all())
         if not whole or len(counts) != len(senses) or not torch.isfinite(senses).all():
             raise ValueError(
@@ -57,7 +59,7 @@ class SenseDictionary:
                 f"{len(counts)}, offsets {offsets[:1].tolist()} to {offsets[-1:].tolist()}, expected finite ones, a count for "
                 "each, and offsets from 0 to their number. Tokens would get the senses of others. Build it again."
             )
-        self.senses, self.offsets, self.counts = senses.float(), offsets.long(), counts.long()
+        self.senses, self.offsets, self.counts = senses, offsets.long(), counts.long()
         self.facts, self.tokenizer = dict(facts), tokenizer
         self.most = max(1, int(self.offsets.diff().max()))
         self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -69,9 +71,9 @@ class SenseDictionary:
 
     @property
     def digest(self) -> str:
-        """A digest of every sense, in the precision that is published, and of whose they are."""
+        """A digest of every sense, and of whose they are."""
         found = hashlib.sha256(self.offsets.cpu().numpy().tobytes())
-        found.update(self.senses.half().cpu().numpy().tobytes())
+        found.update(self.senses.cpu().numpy().tobytes())
         return found.hexdigest()[:20]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -83,8 +85,8 @@ class SenseDictionary:
         return self._elsewhere[device]
 
     def of(self, token: int) -> Tensor:
-        """Return the senses of a token, [k, D]; k may be 0."""
-        return self.senses[self.offsets[token] : self.offsets[token + 1]]
+        """Return the senses of a token, [k, D] float32; k may be 0."""
+        return self.senses[self.offsets[token] : self.offsets[token + 1]].float()
 
     def known(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return which tokens have senses: a boolean tensor of the shape of ids; padding (mask 0) has none."""
@@ -118,8 +120,14 @@ class SenseDictionary:
         place = torch.arange(self.most, device=ids.device)
         places = (first[:, None] + place).clamp(max=len(senses) - 1)
         size = max(1, _NUMBERS // (self.most * self.dim))
+
+        def fit(part: Tensor, candidates: Tensor) -> Tensor:
+            return _fit(part, senses[candidates].float(), select)
+
+        # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
+        apart = {"use_reentrant": False, "preserve_rng_state": False}
         parts = zip(rows.split(size), places.split(size), strict=True)
-        fitting = torch.cat([_fit(part, senses[candidates], select) for part, candidates in parts])
+        fitting = torch.cat([recompute(fit, *part, **apart) if rows.requires_grad else fit(*part) for part in parts])
         found = torch.full((*ids.shape, len(place)), -torch.inf, device=states.device)
         found[known] = fitting.masked_fill(place >= number[:, None], -torch.inf)
         return found
@@ -149,7 +157,7 @@ class SenseDictionary:
         """Write a repository of its own: senses.safetensors, with the facts as its metadata, the tokenizer, and a card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"senses": self.senses.half(), "offsets": self.offsets, "counts": self.counts}
+        tensors = {"senses": self.senses, "offsets": self.offsets, "counts": self.counts}
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         save_file(tensors, folder / FILE, metadata={"format": "pt", "facts": json.dumps(self.facts)})
         self.tokenizer.save_pretrained(folder)

@@ -298,6 +298,10 @@ class JointTeacher(Teacher):
                 ) from error
 
 
+# The names of prompts, in the order in which sentence-transformers' encode_query and encode_document look for them.
+_SIDES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
+
+
 class EncoderTeacher(Teacher):
     """A frozen text encoder: any sentence-transformers repository of the common layouts, or a plain `AutoModel`.
 
@@ -308,7 +312,9 @@ class EncoderTeacher(Teacher):
         name: Folder or Hub id.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Whether the repository's own code may run.
-        prompt: Text put before every text; None for the repository's default prompt, "" for none.
+        prompt: Text put before every text; None for the repository's own, "" for none.
+        side: "query" or "document": which of the repository's prompts is its own, as sentence-transformers' `encode_query` and
+            `encode_document` choose it; None for its default prompt.
         pooling: "mean", "cls", "last", or "pooler" (the backbone's own pooler, as SimCSE's teachers); only for a plain
             `AutoModel`, which does not say it.
         normalize: Whether vectors are scaled to unit length; None as the repository says (a plain `AutoModel`: True).
@@ -333,6 +339,7 @@ class EncoderTeacher(Teacher):
         revision: str | None = None,
         trust_remote_code: bool = False,
         prompt: str | None = None,
+        side: str | None = None,
         pooling: str | None = None,
         normalize: bool | None = None,
         max_length: int | None = None,
@@ -352,7 +359,8 @@ class EncoderTeacher(Teacher):
         self.license = license_of(self.folder)
         layout = _read_layout(self.folder, str(name), pooling, normalize)
         self.pooling, self.normalize, self.lower = layout["pooling"], layout["normalize"], layout["lower"]
-        self.prompt = layout["prompt"] if prompt is None else prompt
+        self._prompts = layout["prompts"]
+        self.prompt = self.prompt_of(side) if prompt is None else prompt
         if self.prompt and not layout["include_prompt"]:
             raise ValueError(
                 f"EncoderTeacher: {name} leaves its prompt out of the pooling (include_prompt is false), expected a "
@@ -384,6 +392,14 @@ class EncoderTeacher(Teacher):
             module.eval().requires_grad_(False)
         self.dim = self.heads[-1][0].out_features if self.heads else self.model.config.hidden_size
         self._fingerprint: dict[str, Any] | None = None
+
+    def prompt_of(self, side: str | None) -> str:
+        """Return the repository's own prompt of queries or documents; of neither, its default one.
+
+        Args:
+            side: "query", "document" or None; see `EncoderTeacher`.
+        """
+        return next((self._prompts[name] for name in (*_SIDES[side], None) if name in self._prompts), "")
 
     @property
     def num_parameters(self) -> int:
@@ -504,7 +520,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool | None) -> dict[str, Any]:
     """Return what modules.json and its neighbours say of how a text becomes a vector."""
-    layout: dict[str, Any] = {"path": "", "pooling": pooling, "normalize": normalize, "dense": [], "prompt": ""}
+    layout: dict[str, Any] = {"path": "", "pooling": pooling, "normalize": normalize, "dense": [], "prompts": {}}
     layout |= {"lower": False, "max_length": None, "include_prompt": True}
     modules = _read_json(folder / "modules.json")
     if not modules:
@@ -545,8 +561,9 @@ def _read_layout(folder: Path, name: str, pooling: str | None, normalize: bool |
         raise ValueError(f"EncoderTeacher: {name} has no Pooling in modules.json, expected one. Its vectors are unknown.")
     layout["normalize"] = found_normalize if normalize is None else normalize
     settings = _read_json(folder / "config_sentence_transformers.json")
+    layout["prompts"] = dict(settings.get("prompts") or {})
     if settings.get("default_prompt_name"):
-        layout["prompt"] = settings["prompts"][settings["default_prompt_name"]]
+        layout["prompts"][None] = layout["prompts"][settings["default_prompt_name"]]
     return layout
 
 

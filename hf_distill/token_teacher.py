@@ -123,7 +123,7 @@ class TokenTeacher(Teacher):
         """Return the states of rows of texts, [B, C, T, dim], zeros for padding."""
         states, mask = self.states([text for row in rows for text in row])
         states = states * mask.unsqueeze(-1)
-        return states.reshape(len(rows), -1, *states.shape[1:])
+        return states.reshape(len(rows), -1, *states.shape[1:]).cpu()  # as every target: the loader may pin it
 
 
 class SenseTeacher(Teacher):
@@ -189,10 +189,10 @@ class SenseTeacher(Teacher):
         if not self.beside:
             return super().targets(rows)
         states, ids, mask = self.teacher.read(texts)
-        _, chosen = self.dictionary.lookup(states, ids, mask, self.select)
-        found = {"senses": chosen}
+        scores = self.dictionary.all_scores(states, ids, mask, self.select)
+        found = {"senses": self.dictionary.take(states, ids, scores)[1]}
         if "sense_scores" in self.beside:
-            found["sense_scores"] = self.dictionary.all_scores(states, ids, mask, self.select)
+            found["sense_scores"] = scores
         if "states" in self.beside:
             found["states"] = states * mask.unsqueeze(-1)
-        return {name: value.reshape(len(rows), -1, *value.shape[1:]) for name, value in found.items()}
+        return {name: value.reshape(len(rows), -1, *value.shape[1:]).cpu() for name, value in found.items()}

@@ -24,6 +24,13 @@ class EmbedDistillArguments(RetrievalArguments):
     document_weight: float = field(default=1.0, metadata={"help": "Weight of document matching, of a symmetric student."})
     score_weight: float = field(default=1.0, metadata={"help": "Weight of score distillation."})
     label_weight: float = field(default=1.0, metadata={"help": "Weight of the labels."})
+    score_temperature: float = field(default=1.0, metadata={"help": "Of a reranker's scores: 1 for logits, 0.05 for [0, 1]."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loss()  # refuses before the work what it can't be made of
+        if self.score_weight and self.negatives < 1:
+            raise ValueError("EmbedDistillArguments: scores of lists are distilled, expected --negatives 1 or more to list.")
 
     def loss(self) -> WeightedLoss:
         """Return the weighted parts; what has weight 0 is not computed."""
@@ -31,7 +38,8 @@ class EmbedDistillArguments(RetrievalArguments):
         losses = [EmbeddingMatching(self.metric)] if any(weights.values()) else []
         weights |= {"score": self.score_weight, "label": self.label_weight}
         if self.score_weight:
-            losses.append(ScoreDistillation(self.form, self.temperature, reranker=self.reranker is not None))
+            reranker = {"reranker": self.reranker is not None, "score_temperature": self.score_temperature}
+            losses.append(ScoreDistillation(self.form, self.temperature, **reranker))
         if self.label_weight:
             losses.append(ContrastiveLoss(self.temperature))
         return WeightedLoss(losses, {part: weights[part] for loss in losses for part in loss.parts})
@@ -54,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     states = student.pooled([query for query, *_ in sample])
     student.start_projection(*starting_map(states, space.targets(sample)[:, 0]))
     if inherited:
-        known = {"name": towers.queries.name, "revision": towers.queries.revision, "prompt": recipe.document_prompt}
-        student.settings["document_encoder"] = known
+        student.settings["document_encoder"] = retrieval.document_encoder(recipe, towers)
 
     with report.timed("evaluation"):
         for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}.items():
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("evaluation"):
         report.add("student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
     with report.timed("index report"):
-        space_facts |= retrieval.measure_indexes(recipe, collections.test or collections.dev, towers, space, student)
+        space_facts |= retrieval.measure_indexes(recipe, collections, towers, space, student)
     print(report.finish(trainer, recipe, facts, **space_facts))
     trainer.end()
 

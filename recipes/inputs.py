@@ -62,11 +62,17 @@ def sts_evaluators(recipe: Any) -> list[STSEvaluator]:
     return tests + ([STSEvaluator(recipe.sts_dev, STS_DEV_SETS)] if recipe.sts_dev else [])
 
 
-def open_teacher(recipe: Any, prompt: str | None = None) -> Any:
-    """Return the cached teacher that `--teacher` names, or the joint one of several; the prompt is put before every text."""
+def open_teacher(recipe: Any, prompt: str | None = None, side: str | None = None) -> Any:
+    """Return the cached teacher that `--teacher` names, or the joint one of several.
+
+    Args:
+        recipe: The recipe's arguments.
+        prompt: Put before every text; None for the teacher's own prompt of that side.
+        side: "query", "document", or None for the teacher's default prompt.
+    """
     caches = []
     for name in recipe.teacher:
-        teacher = EncoderTeacher(name, prompt=prompt, **recipe.teacher_options())
+        teacher = EncoderTeacher(name, prompt=prompt, side=side, **recipe.teacher_options())
         if recipe.teacher_name and len(recipe.teacher) == 1:
             teacher.name = recipe.teacher_name
         teacher.license = recipe.teacher_license or teacher.license

@@ -25,7 +25,9 @@ class MultiSenseArguments(TextArguments):
     k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
     select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
-    teacher_layer: int = field(default=-1, metadata={"help": "Whose states; -1 is the last."})
+    teacher_layer: int | None = field(
+        default=None, metadata={"help": "Whose states; -1, the last, if not given, or that of the dictionary of --senses."}
+    )
     bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})
     sense_weight: float = field(default=1.0, metadata={"help": "Weight of the senses; 0 leaves the part out."})
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error of states (live teacher)."})
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Build the dictionary, train the student on the teacher's senses, measure both with and without them."""
     recipe, args, report = begin("multi_sense", SenseLoss.paper, MultiSenseArguments, argv)
     tasks = EndTasks(recipe, report)
-    texts = training_texts(recipe, args, tasks.texts())
+    texts = training_texts(recipe, args, tasks.seen)
 
     options = {**recipe.student_options(), "projection_dim": recipe.dim, "bidirectional": recipe.bidirectional}
     student = MultiSenseStudent.from_backbone(recipe.backbone, **options)
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("dictionary"):
         dictionary, place = open_dictionary(recipe, args, teacher, texts)
     student.attach(dictionary, place, select=recipe.select)
+    student.scored_in_training = bool(recipe.sense_weight)
     live = SenseTeacher(teacher, dictionary, recipe.select)
     with report.timed("caching"):
         senses = open_senses(recipe, teacher, dictionary, texts)

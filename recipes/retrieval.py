@@ -17,17 +17,22 @@ from demo import EMBEDDED, gcide_collection
 from inputs import open_teacher
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers.utils import logging
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.cross_encoder import CrossEncoderTeacher, DualPoolingTeacher, pair
 from hf_distill.data import find_leaks, load_texts, require_texts
 from hf_distill.evaluation.report import command
 from hf_distill.negatives import mine_negatives
-from hf_distill.processes import process_state, score
+from hf_distill.processes import score
 from hf_distill.projection import PCAProjection
 from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
+from hf_distill.shards import keys_of
 from hf_distill.student import StudentModel
-from hf_distill.teachers import Teacher, TwoTowerTeacher
+from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher, TwoTowerTeacher
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,23 +71,42 @@ def open_collection(recipe: Any) -> Collections:
         kept = judged | set(others[: max(recipe.max_documents - len(judged), 0)])
         documents = {key: text for key, text in everything.documents.items() if key in kept}
         everything, test = everything.with_documents(documents), test and test.with_documents(documents)
-    train, dev = everything.split(recipe.dev_queries or len(everything.queries) // 5, recipe.split_seed)
+    held_out = len(everything.queries) // 5 if recipe.dev_queries is None else recipe.dev_queries
+    train, dev = everything.split(held_out, recipe.split_seed)
     return Collections(train, dev, test)
 
 
 def open_towers(recipe: Any, documents: list[str]) -> TwoTowerTeacher:
     """Return the cached teacher of queries and of documents; vectors that exist already are not encoded again."""
-    queries = open_teacher(recipe, recipe.query_prompt)
+    queries = open_teacher(recipe, recipe.query_prompt, "query")
     if recipe.document_embeddings:
         vectors = read_vectors(recipe.document_embeddings)
-        digest = hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()[:12]
+        found = hashlib.sha256(np.ascontiguousarray(vectors))
+        found.update(keys_of(documents).tobytes())  # which text each belongs to
+        digest = found.hexdigest()[:12]
         name = f"{queries.name} ({Path(recipe.document_embeddings).name} {digest})"
         folder = Path(recipe.cache_dir) / f"index-{digest}"
         return TwoTowerTeacher(queries, TeacherCache.from_embeddings(documents, vectors, folder, name))
-    same = recipe.document_prompt == recipe.query_prompt
-    towers = TwoTowerTeacher(queries, queries if same else open_teacher(recipe, recipe.document_prompt))
+    own = {side: prompts_of(queries, side) for side in ("query", "document")}
+    given = {"query": recipe.query_prompt, "document": recipe.document_prompt}
+    asked, told = (own[side] if prompt is None else [prompt] * len(own[side]) for side, prompt in given.items())
+    same = asked == told
+    towers = TwoTowerTeacher(queries, queries if same else open_teacher(recipe, recipe.document_prompt, "document"))
     towers.documents.add(documents)
     return towers
+
+
+def document_encoder(recipe: Any, towers: TwoTowerTeacher) -> dict[str, Any]:
+    """Return what a student says of the encoder of its documents; of a prompt None where it is not known."""
+    live = towers.documents.live
+    prompt = live.prompt if isinstance(live, EncoderTeacher) else recipe.document_prompt
+    return {"name": towers.queries.name, "revision": towers.queries.revision, "prompt": prompt}
+
+
+def prompts_of(teacher: Teacher, side: str) -> list[str]:
+    """Return the prompts that teachers have of their own for queries or documents."""
+    live = teacher.live
+    return [one.prompt_of(side) for one in (live.teachers if isinstance(live, JointTeacher) else [live])]
 
 
 def read_vectors(name: str) -> np.ndarray:
@@ -101,6 +125,13 @@ def read_vectors(name: str) -> np.ndarray:
         import faiss
 
         index = faiss.read_index(name)
+        if type(index) is faiss.IndexIDMap or (
+            type(index) is faiss.IndexIDMap2 and (faiss.vector_to_array(index.id_map) != np.arange(index.ntotal)).any()
+        ):
+            raise ValueError(
+                f"--document_embeddings: {name} maps its vectors to ids of its own, expected the collection's order. Each "
+                "would be taken for another document's. Give the index inside (index.index), or ids from 0 on (IndexIDMap2)."
+            )
         vectors = index.reconstruct_n(0, index.ntotal)
     else:
         table = load_texts(name).with_format("numpy")
@@ -111,6 +142,12 @@ def read_vectors(name: str) -> np.ndarray:
             f"--document_embeddings: {name} holds {vectors.shape}, expected finite vectors [N, D]: in a .npy, .faiss or "
             ".safetensors file of one tensor, or in a data set's only column that is none of texts or numbers. Queries would "
             "be matched with noise."
+        )
+    lengths = np.linalg.norm(np.asarray(vectors[:10_000], np.float32), axis=1)
+    if abs(lengths - 1).max() > 0.01:
+        logger.warning(
+            f"--document_embeddings: vectors of {name} have lengths from {lengths.min():.3f} to {lengths.max():.3f}, not 1. "
+            "All here compares by cosine: an index that searches them by inner product ranks otherwise than is measured."
         )
     return vectors
 
@@ -127,7 +164,7 @@ def require_match(queries: torch.Tensor, vectors: torch.Tensor, answers: list[li
     asked = functional.normalize(queries[own != others], dim=-1)
     near, far = (functional.normalize(vectors[side[own != others]], dim=-1) for side in (own, others))
     closer = ((asked * near).sum(-1) > (asked * far).sum(-1)).float().mean().item()
-    if closer < 0.5 + 1.5 / max(len(asked), 1) ** 0.5:
+    if closer < min(0.5 + 1.5 / max(len(asked), 1) ** 0.5, 1.0):
         raise ValueError(
             f"embed_distill: {closer:.0%} of the training queries are closer to their own answer than to another query's, by "
             "the teacher's vectors, expected more than by chance. With an index of another teacher, or in another order than "
@@ -196,12 +233,15 @@ def open_space(
     return towers, {}
 
 
-def measure_indexes(recipe: Any, data: Any, towers: TwoTowerTeacher, space: Teacher, student: StudentModel) -> dict[str, Any]:
+def measure_indexes(
+    recipe: Any, collections: Collections, towers: TwoTowerTeacher, space: Teacher, student: StudentModel
+) -> dict[str, Any]:
     """Return {"index": the report}: the teacher, at full size and reduced, beside the student."""
     if not recipe.index_report:
         return {}
     from hf_distill.evaluation.index import Space, index_report
 
+    data = collections.test or collections.dev
     documents, (queries, relevant) = list(data.documents.values()), data.rows_of()
 
     def measure(encode: Any) -> dict[str, Any]:
@@ -213,24 +253,33 @@ def measure_indexes(recipe: Any, data: Any, towers: TwoTowerTeacher, space: Teac
             spaces[f"teacher {space.dim}-d"] = Space(*reduced)
         for dim in [space.dim, *(dim for dim in recipe.dims if recipe.dim and dim < space.dim)]:
             spaces[f"student {dim}-d"] = Space(known[:, :dim], asked[:, :dim])
-        return {"index": index_report(spaces, relevant)}
+        if data is collections.test:
+            log_test_search(recipe, f"index report, {len(spaces)} spaces")
+        return {"index": index_report(spaces, relevant, own=data.own_documents())}
 
     return score([measure], student.encode)
 
 
 def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | None) -> list[Any]:
-    """Return the searches of dev and, where there is one, test; over these vectors, or documents encoded by what is scored.
-
-    Each time that the test queries are to be searched, a line is added to test-evaluations.jsonl beside the caches.
-    """
+    """Return the searches of dev and, where there is one, test; over these vectors, or documents encoded by what is scored."""
     from hf_distill.evaluation.retrieval import RetrievalEvaluator
 
-    sides, found = ("query", "document"), [("dev", collections.dev)]
-    if collections.test:
-        found.append(("test", collections.test))
-    if collections.test and process_state().is_main_process:
-        line = {"time": time.strftime("%F %T"), "collection": recipe.texts_name, "command": command(sys.argv)}
-        Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-    return [RetrievalEvaluator(data, documents, recipe.dims, name, sides) for name, data in found]
+    class Logged(RetrievalEvaluator):
+        """Counts the searches of the test queries."""
+
+        def __call__(self, encode: Any) -> dict[str, float]:
+            log_test_search(recipe, "exact search")
+            return super().__call__(encode)
+
+    dims = recipe.dims if recipe.dim else ()  # of the teacher's whole space the first dimensions are no embedding
+    options = {"documents": documents, "dims": dims, "prompt_names": ("query", "document")}
+    found = [RetrievalEvaluator(collections.dev, name="dev", **options)]
+    return found + ([Logged(collections.test, name="test", **options)] if collections.test else [])
+
+
+def log_test_search(recipe: Any, how: str) -> None:
+    """Add a line to test-evaluations.jsonl, beside the caches: the test queries are about to be searched."""
+    line = {"time": time.strftime("%F %T"), "collection": recipe.texts_name, "how": how, "command": command(sys.argv)}
+    Path(recipe.cache_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(recipe.cache_dir) / "test-evaluations.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")

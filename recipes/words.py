@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.evaluation.report import RunReport
-from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, STSEvaluator
 from hf_distill.evaluation.word_sense import (
     ClassificationEvaluator,
     WiCEvaluator,
@@ -38,23 +39,27 @@ States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 class EndTasks:
     """The tests of sentences and words that `--sts`, `--sts_dev`, `--classification` and `--wic` name, and their mean.
 
-    The mean, end_avg, is over the STS sets, Word-in-Context, and each classification set with few labels.
+    seen: The texts of all their splits, which no training may hold. The mean, end_avg, is over the STS sets, Word-in-Context,
+    and each classification set with few labels.
     """
 
     def __init__(self, recipe: Any, report: RunReport) -> None:
         folder, split = recipe.classification, recipe.split
-        names = sorted({path.name.split("-")[0] for path in Path(folder).glob(f"*-{split}.*")}) if folder else []
+        names = sorted({path.name.split("-")[0] for path in Path(folder).glob("*-train.*")}) if folder else []
         if folder and not names:
-            raise FileNotFoundError(f"multi_sense: no file *-{split}.* in {folder}, expected <name>-train and <name>-{split}.")
+            raise FileNotFoundError(f"multi_sense: no file *-train.* in {folder}, expected <name>-train and <name>-{split}.")
         report.evaluators = [*sts_evaluators(recipe), *(ClassificationEvaluator(folder, name, split) for name in names)]
         self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
         sets = STS_SETS if recipe.sts else STS_DEV_SETS  # beside the tests, dev is no task of its own
         self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
-
-    def texts(self) -> list[str]:
-        """Return what they score, which no training may hold."""
-        sets = [*self.report.evaluators, *([self.wic] if self.wic else [])]
-        return [text for evaluator in sets for text in evaluator.texts()]
+        # Of all splits, so that what dev chooses was made from the texts that are trained on when it is tested.
+        sources = [ClassificationEvaluator(folder, name, other) for name in names for other in ("dev", "test")]
+        sources += [WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else []
+        for sts in {recipe.sts, recipe.sts_dev} - {None}:
+            for name, place in {**STS_SETS, **STS_DEV_SETS}.items():
+                with contextlib.suppress(FileNotFoundError):
+                    sources.append(STSEvaluator(sts, {name: place}))
+        self.seen = [text for source in [*report.evaluators, *sources] for text in source.texts()]
 
     def add(self, name: str, states: States, model: Any, parameters: int) -> None:
         """Score a row of the table.
@@ -84,11 +89,19 @@ def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
     given = [name for name in others if getattr(recipe, name)] + (["teacher"] if len(recipe.teacher) > 1 else [])
     if given:
         raise ValueError(f"multi_sense: {given} are given, expected one teacher, and a student of its tokens, both whole.")
-    options = {"layer": recipe.teacher_layer, "bidirectional": recipe.bidirectional}
-    options["max_length"] = recipe.teacher_max_length or student.settings["max_length"]
+    asked = {"layer": recipe.teacher_layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
+    options = {"layer": -1, "max_length": student.settings["max_length"]}
     if recipe.senses:
         made = SenseDictionary.from_pretrained(recipe.senses).facts.get("fingerprint") or {}
         options |= {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype") if key in made}
+        wrong = {key: options[key] for key, value in asked.items() if key in made and value not in (None, options[key])}
+        if wrong:
+            raise ValueError(
+                f"multi_sense: the dictionary {recipe.senses} was made with {wrong}, the flags say "
+                f"{ {key: asked[key] for key in wrong} }, expected the same. Its senses are of other states. Leave these flags "
+                "out, or leave --senses out to make another."
+            )
+    options |= {key: value for key, value in asked.items() if value is not None}
     teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)
     teacher.name = recipe.teacher_name or teacher.name
     teacher.license = recipe.teacher_license or teacher.license
@@ -135,7 +148,9 @@ def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -
 
 
 def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary, texts: Any) -> Any:
-    """Return the teacher of senses: cached, or live where the loss needs its scores or states."""
+    """Return the teacher of senses: cached, or live where the loss needs its scores or states; of states, for these alone."""
+    if not recipe.sense_weight:
+        return teacher
     beside = [name for name, wanted in (("sense_scores", recipe.soft), ("states", recipe.state_weight)) if wanted]
     live = SenseTeacher(teacher, dictionary, recipe.select, beside)
     if beside:

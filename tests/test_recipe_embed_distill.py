@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
 
-from hf_distill import EncoderTeacher, StudentModel
+from hf_distill import EncoderTeacher, PCAProjection, StudentModel
 from hf_distill.evaluation.tables import dimension_table
 
 
@@ -49,7 +49,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert lines[-1]["loss_query"] < lines[0]["loss_query"]
     assert max(line["loss_document"] for line in lines) < 1e-6
     student = StudentModel.from_pretrained(tmp_path / "out")
-    assert student.settings["document_encoder"] == {"name": results["teacher"], "revision": None, "prompt": None}
+    assert student.settings["document_encoder"] == {"name": results["teacher"], "revision": None, "prompt": ""}
     kinds = ["flat", "int8", "IVF", "IVF, int8", "HNSW", "binary, rescored"]  # 200 documents are too few for PQ
     assert list(results["index"]) == [f"{side}, {kind}" for side in ("teacher", "student 24-d") for kind in kinds]
     assert results["index"]["student 24-d, flat"]["ndcg"] == pytest.approx(rows["student"]["test_ndcg10"], abs=0.1)
@@ -58,11 +58,54 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert "student 24-d, int8" in card
     assert "(index.png)" in card
     assert f'documents = SentenceTransformer("{results["teacher"]}")' in card
+    assert "test_ndcg10@4" not in rows["student"]  # of the teacher's whole space the first dimensions are no embedding
     assert "test nDCG@10" in card
     assert results["teacher"] in card
     log = [json.loads(line) for line in (tmp_path / "caches" / "test-evaluations.jsonl").read_text().splitlines()]
-    assert len(log) == 2  # over the teacher's index: once for the teacher, once for the students
+    assert [line["how"] for line in log] == ["exact search"] * 3 + ["index report, 2 spaces"]
     assert all(line["command"] == results["provenance"]["command"] for line in log)
+
+
+@pytest.mark.parametrize("dim", [[], ["--dim", "8"]])
+def test_the_lines_of_the_card_search_the_index_that_was_measured(run, teacher_folder, collection, tmp_path, dim):
+    place = str(teacher_folder)
+    run("--teacher_name", place, "--num_train_epochs", "1", *dim)
+    card = (tmp_path / "out" / "README.md").read_text()
+    [lines] = [block for block in card.split("```python\n")[1:] if "encode_document" in block]
+    code = "from sentence_transformers import SentenceTransformer\n" + lines.split("```")[0]
+    made = {}
+    exec(
+        code.replace('SentenceTransformer("out")', f'SentenceTransformer("{tmp_path / "out"}")').replace(  # noqa: S102
+            'from_pretrained("out")', f'from_pretrained("{tmp_path / "out"}")'
+        ),
+        made,
+    )
+    assert made["scores"].shape == (1, 2)
+    teacher, texts = EncoderTeacher(place, dtype="float32"), ["A cat sat on the mat.", "The sea is blue."]
+    known = teacher.encode(texts)
+    known = PCAProjection.from_pretrained(tmp_path / "out")(known) if dim else known
+    asked = StudentModel.from_pretrained(tmp_path / "out").encode(["where is the cat"], convert_to_tensor=True)
+    cosines = torch.nn.functional.cosine_similarity(asked, known)
+    assert made["scores"][0] == pytest.approx(cosines.numpy(), abs=1e-4)
+
+
+def test_a_teachers_own_prompts_are_put_before_queries_and_documents(run, teacher_folder, collection, tmp_path, monkeypatch):
+    prompted = tmp_path / "prompted"
+    shutil.copytree(teacher_folder, prompted)
+    settings = prompted / "config_sentence_transformers.json"
+    known = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps({**known, "prompts": {"query": "red ", "document": "blue "}}))
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(prompted), device="cpu")
+    for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        ours = EncoderTeacher(prompted, side=side).encode(["the sea"])
+        assert torch.cosine_similarity(ours, torch.from_numpy(encode(["the sea"]))).item() > 0.9999
+    assert EncoderTeacher(prompted).prompt == ""
+    run("--teacher", str(prompted), "--num_train_epochs", "1")
+    folders = {json.loads(path.read_text())["fingerprint"]["prompt"] for path in (tmp_path / "caches").glob("*/manifest.json")}
+    assert folders == {"red ", "blue "}
+    assert StudentModel.from_pretrained(tmp_path / "out").settings["document_encoder"]["prompt"] == "blue "
 
 
 def test_config_and_card_name_the_commit_and_the_prompt_of_the_document_encoder(run, teacher_folder, tmp_path):

@@ -109,7 +109,7 @@ def explain(
             + ", expected one token that has senses. Senses belong to tokens: ask for one of these, or for another word."
         )
     token = tokens[0]
-    senses, first = dictionary.of(token).float(), int(dictionary.offsets[token])
+    senses, first = dictionary.of(token), int(dictionary.offsets[token])
     near = _near(dictionary, token, senses, neighbours)
     states, chosen, shown = [], [], []
     if teacher is not None:
@@ -131,7 +131,9 @@ def _near(dictionary: Any, token: int, senses: torch.Tensor, count: int) -> list
     """Return for each sense [k, D] the tokens with the closest senses, the closest first."""
     number = dictionary.offsets.diff()
     owner = torch.repeat_interleave(torch.arange(len(number), device=number.device), number)
-    cosines = functional.normalize(senses, dim=-1) @ functional.normalize(dictionary.senses, dim=-1).T
+    unit = functional.normalize(senses, dim=-1)
+    parts = dictionary.senses.split(1 << 16)  # a second, normalised dictionary may not fit
+    cosines = torch.cat([unit @ functional.normalize(part.float(), dim=-1).T for part in parts], dim=1)
     special = set(dictionary.tokenizer.all_special_ids) | {token}
     found = []
     for row in cosines:

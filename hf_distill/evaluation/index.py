@@ -68,7 +68,12 @@ class Space:
 
 
 def index_report(
-    spaces: Mapping[str, Space], relevant: Sequence[Sequence[int]], k: int = 10, rounds: int = 5, single: int = 200
+    spaces: Mapping[str, Space],
+    relevant: Sequence[Sequence[int]],
+    k: int = 10,
+    rounds: int = 5,
+    single: int = 200,
+    own: Sequence[int | None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return a row for each index of each space; the first space's flat index is what the others are compared with.
 
@@ -81,6 +86,8 @@ def index_report(
         k: How many documents are asked for.
         rounds: How often everything is timed.
         single: How many queries are asked one by one in a round.
+        own: For each query the row of the document that has its id, which is never counted as found for it (BEIR); None for
+            none.
 
     Returns:
         Name -> dim, MB per million vectors (of the index as faiss writes it, without what it takes for none), build_s,
@@ -111,7 +118,7 @@ def index_report(
             started = time.perf_counter()
             search, size = _build(space.documents, KINDS[kind])
             built = time.perf_counter() - started
-            found = search(space.queries, k)
+            found = _without_own(search(space.queries, k + (own is not None)), own, k)
             exact = found if exact is None else exact
             rows[name] = {"dim": space.documents.shape[1], "mb_per_million": size / len(space.documents), "build_s": built}
             rows[name] |= _quality(found, exact, relevant, k)
@@ -136,7 +143,7 @@ def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
 
         def search(queries: np.ndarray, k: int) -> np.ndarray:
             _, candidates = binary.search(np.packbits(queries > 0, axis=1), min(kind.rescored * k, count))
-            # The query keeps its floats, a document is its signs: nothing but the bits need be in memory.
+            # The query keeps its floats, a document is its signs: the bits are all that is needed (faiss has a copy).
             signs = np.unpackbits(bits[candidates], axis=-1, count=dim).astype(np.float32) * 2 - 1
             scores = np.einsum("qcd,qd->qc", signs, queries)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -150,6 +157,15 @@ def _build(documents: np.ndarray, kind: IndexKind) -> tuple[Search, int]:
     for setting, value in (kind.settings or {}).items():
         faiss.ParameterSpace().set_index_parameter(index, setting, value)
     return (lambda queries, k: index.search(queries, k)[1]), len(faiss.serialize_index(index))
+
+
+def _without_own(found: np.ndarray, own: Sequence[int | None] | None, k: int) -> np.ndarray:
+    """Return [Q, k] of [Q, k + 1] rows, without each query's own document."""
+    if own is None:
+        return found
+    mine = np.array([-2 if row is None else row for row in own])[:, None]
+    order = np.argsort(found == mine, axis=1, kind="stable")  # what is left keeps its order
+    return np.take_along_axis(found, order, axis=1)[:, :k]
 
 
 def _quality(found: np.ndarray, exact: np.ndarray, relevant: Sequence[Sequence[int]], k: int) -> dict[str, float]:

@@ -116,6 +116,12 @@ class RetrievalData:
         """Return the same queries over a part of the documents."""
         return RetrievalData(documents, self.queries, self.relevant)
 
+    def own_documents(self) -> list[int | None] | None:
+        """Return for each query the row of the document that has its id; None if none has."""
+        row = {key: i for i, key in enumerate(self.documents)}
+        found = [row.get(query) for query in self.queries]
+        return found if any(place is not None for place in found) else None
+
     def rows_of(self) -> tuple[list[str], list[list[int]]]:
         """Return the query texts, and for each the rows of its relevant documents, counted from 0."""
         row = {key: i for i, key in enumerate(self.documents)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
+import torch
 
 from ..data import load_texts
 
@@ -20,8 +21,8 @@ EncodeWords = Callable[[list[str], list[tuple[int, int]]], Any]
 def word_similarity(senses: Callable[[str], Any], source: str | Path) -> dict[str, float]:
     """Return Spearman's correlation with human scores, times 100, on each set of word pairs, and their mean by pairs.
 
-    Two words are as similar as their two closest senses: the highest cosine over all pairs of senses (Huang et al. 2012 call it
-    MaxSim; Wang et al. 2025, https://huggingface.co/papers/2504.06036, take it for their sense dictionaries).
+    Two words are as similar as their two closest senses: the highest cosine over all pairs of senses (MaxSim; Huang et al.
+    2012). The code of Wang et al. 2025, https://huggingface.co/papers/2504.06036, takes the highest dot product.
 
     Args:
         senses: A word -> its senses, [k, D]; k is 0 for a word without. Pairs with such a word are left out.
@@ -121,11 +122,11 @@ class ClassificationEvaluator:
     Args:
         source: Folder with <name>-train and <name>-test: text, label.
         name: Of the set.
-        test: Split that is scored: "test", or "dev" to choose on.
+        test: Split that is scored: "test", or "dev" to choose on; without <name>-dev, a tenth of the training texts are that.
         shots: Texts a label.
         draws: Random draws.
-        full: Whether to train on all, too; at most so many random texts (None for all).
-        most: That many.
+        full: Whether to train on all, too.
+        most: Training texts, drawn at random, if there are more; None for all.
 
     Raises:
         ValueError: If a column is missing.
@@ -139,10 +140,14 @@ class ClassificationEvaluator:
         shots: int = 8,
         draws: int = 10,
         full: bool = True,
-        most: int | None = 10_000,
+        most: int | None = None,
     ) -> None:
         self.name, self.shots, self.draws, self.full = name, shots, draws, full
-        self.train, self.test = (load_texts(_file(Path(source), f"{name}-{split}")) for split in ("train", test))
+        self.train = load_texts(_file(Path(source), f"{name}-train"))
+        if test == "dev" and not any(Path(source).glob(f"{name}-dev.*")):
+            self.train, self.test = self.train.train_test_split(0.1, seed=0).values()
+        else:
+            self.test = load_texts(_file(Path(source), f"{name}-{test}"))
         for rows in (self.train, self.test):
             _require(rows, {"text", "label"}, source)
         if most is not None and len(self.train) > most:
@@ -202,13 +207,13 @@ def word_states(tokenizer: Any, states: Callable[[list[str]], Any], batch_size: 
         found = []
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            hidden, _ = states(batch)
+            hidden = states(batch)[0].float().cpu()
             spans = tokenizer(batch, return_offsets_mapping=True, truncation=True, max_length=hidden.shape[1])["offset_mapping"]
             for row, own, (first, last) in zip(hidden, spans, places[start : start + batch_size], strict=True):
                 chosen = [i for i, (a, b) in enumerate(own) if max(a, first) < min(b, last)]
                 # A word beyond the length limit has no state: the mean of the text stands for it.
                 found.append((row[chosen] if chosen else row[: len(own)]).mean(0))
-        return np.stack([np.asarray(vector) for vector in found])
+        return torch.stack(found).numpy()
 
     return encode
 

@@ -23,7 +23,7 @@ class EmbeddingMatching(DistillationLoss):
     mean over texts of the Euclidean norm of the difference, not of its square.
     Differs from the paper: both sides are scaled to unit length first, so each part lies in [0, 2] (mse: in [0, 4]).
 
-    Where the student's documents are the teacher's own (`DistillationTrainer(student_columns=...)`), the part "document" is
+    Where the student's documents are the teacher's own (`DistillationTrainer(inherited_columns=...)`), the part "document" is
     zero, as in the paper's asymmetric setting.
 
     Args:
@@ -135,15 +135,15 @@ class ScoreDistillation(DistillationLoss):
             scores: [B, C - 1], a teacher's scores of the query with each of its documents, in place of its cosines.
 
         Raises:
-            ValueError: If a list has one document only: its softmax is 1 whatever the student does, so nothing would be
-                learned at a loss of zero; or if the shapes do not fit.
+            ValueError: If rows have one document only and are not compared with each other: its softmax is 1 whatever the
+                student does, so nothing would be learned at a loss of zero; or if the shapes do not fit.
         """
         ours = _scores(student, self.in_batch) / self.temperature
         if scores is None:
             theirs = _scores(self._same_shape(student, teacher), self.in_batch) / self.temperature
         else:
             theirs = scores.to(student) / self.score_temperature
-        if ours.shape != theirs.shape or ours.shape[1] < 2:
+        if ours.shape != theirs.shape or (ours.shape[1] < 2 and not self.in_batch):
             raise ValueError(
                 f"ScoreDistillation: the student's scores are {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)}, "
                 "expected equal [rows, documents] with two documents or more. With one the loss would be zero and nothing "
@@ -161,7 +161,8 @@ class ContrastiveLoss(DistillationLoss):
 
     Source: the label loss of EmbedDistill, Kim et al. 2023, https://huggingface.co/papers/2301.12005; in-batch negatives as in
     Karpukhin et al. 2020, https://huggingface.co/papers/2004.04906.
-    A document that stands in the batch again (two queries may share one) is no negative.
+    What answers a query is no negative of it, where the batch shows it: the document itself, should it stand there again (two
+    queries may share one), and the positives of other rows with the same query.
 
     The negatives are those of one batch, on all processes.
 
@@ -190,26 +191,20 @@ class ContrastiveLoss(DistillationLoss):
         return self(outputs[self.output], batch["texts"])
 
     def __call__(self, student: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Return {"label": scalar >= 0}.
+        """Return {"label": scalar >= 0}; 0 for one document alone, as the last batch of an epoch may have.
 
         Args:
             student: [B, C, D], with gradient; column 0 holds the queries, column 1 their positive documents.
             texts: [B, C], a number for each distinct text.
-
-        Raises:
-            ValueError: If the batch has one document only: there would be nothing to tell it from.
         """
         rows, columns = student.shape[:2]
-        if rows * (columns - 1) < 2:
-            raise ValueError(
-                f"ContrastiveLoss: {rows} rows of {columns} columns, expected two documents or more in a batch. A positive "
-                "without a negative teaches nothing. Use larger batches, or rows with a negative."
-            )
         scores = _scores(student, in_batch=True) / self.temperature  # [B, B * (C - 1)]
         positive = torch.arange(rows, device=student.device) * (columns - 1)
-        again = texts[:, 1:2] == texts[:, 1:].reshape(1, -1)
-        again[torch.arange(rows), positive] = False
-        return {"label": nn.functional.cross_entropy(scores.masked_fill(again, -torch.inf), positive)}
+        positives = texts[:, 1:2] == texts[:, 1:].reshape(1, -1)  # row -> documents that are its positive
+        asked = texts[:, :1] == texts[:, 0]  # row -> rows of the same query
+        answers = (asked.float() @ positives.float()) > 0
+        answers[torch.arange(rows), positive] = False
+        return {"label": nn.functional.cross_entropy(scores.masked_fill(answers, -torch.inf), positive)}
 
 
 def _scores(vectors: Tensor, in_batch: bool) -> Tensor:
