@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import make_backbone, make_texts
 
+from hf_distill.cli import _open
+from hf_distill.evaluation.word_sense import ClassificationEvaluator
 from hf_distill.layout import check_layout
 from hf_distill.multi_sense import MultiSenseStudent
 from hf_distill.senses import SenseDictionary
@@ -84,6 +86,10 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert "replaced by senses of the dictionary `out-senses`, a repository beside this one, before" in card
     assert 'the row "student, without senses"' in card
     check_layout(folder / "out")
+    texts = ["a cat sat", "the dog"]  # the terminal scores what the student is, not what it is without its senses
+    opened = MultiSenseStudent.from_pretrained(folder / "out")
+    assert _open(str(folder / "out")).encode(texts) == pytest.approx(opened.encode(texts), abs=1e-6)
+    assert np.abs(opened.encode(texts, replace=False) - opened.encode(texts)).max() > 1e-3
     # Moved together, student and dictionary find each other; alone, the student says what it lacks.
     (folder / "elsewhere").mkdir()
     for name in ("out", "out-senses"):
@@ -102,12 +108,30 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
     student = MultiSenseStudent.from_pretrained(folder / "second")
     assert student.settings["senses"]["select"] == "cos"
     assert again["dictionary"]["texts"] == 230
+    for flag, other in (("--teacher_layer", "1"), ("--teacher_max_length", "5"), ("--bidirectional", "true")):
+        with pytest.raises(ValueError, match=f"first-senses was made with .*'{flag.removeprefix('--teacher_').strip('-')}'"):
+            run("--senses", str(folder / "first-senses"), flag, other, output=f"with{flag}")
     known = SenseDictionary.from_pretrained(folder / "first-senses")
     few = SenseDictionary(known.senses[:0], known.offsets * 0, known.counts[:0], known.facts, known.tokenizer)
     few.save_pretrained(folder / "few")
     assert student.settings["senses"]["name"] == "../first-senses"
     with pytest.raises(ValueError, match="100% of the texts' tokens have no sense"):
         run("--senses", str(folder / "few"), output="third")
+
+
+def test_what_dev_chooses_is_made_from_the_texts_that_are_trained_on_when_it_is_tested(run, folder):
+    seen = (folder / "classes" / "made-test.tsv").read_text().splitlines()[1].split("\t")[0]
+    lines = (folder / "texts.txt").read_text().splitlines()
+    (folder / "texts.txt").write_text("\n".join([*lines[:100], seen, *lines[100:]]))
+    tests = f"--wic {folder / 'wic'} --classification {folder / 'classes'} --num_train_epochs 1 --split".split()
+    dev, test = (run(*tests, split, output=split) for split in ("dev", "test"))
+    assert dev["data"]["sha256"] == test["data"]["sha256"]
+    assert dev["data"]["leaked"] == test["data"]["leaked"] == 1
+    assert {"wic", "made_few", "made_full"} < dev["rows"]["teacher"]["scores"].keys()
+    assert dev["rows"]["teacher"]["scores"]["made_few"] != test["rows"]["teacher"]["scores"]["made_few"]
+    evaluator = ClassificationEvaluator(folder / "classes", "made", "dev")
+    assert (len(evaluator.train), len(evaluator.test)) == (54, 6)
+    assert not set(evaluator.train["text"]) & set(evaluator.test["text"])
 
 
 @pytest.mark.parametrize(
@@ -151,8 +175,8 @@ def test_wrong_input_is_refused_before_the_work(run, folder):
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="number tokens differently: 'cat' and 'dog' at 6"):
         run("--backbone", other)
-    with pytest.raises(FileNotFoundError, match=r"no file \*-dev\.\*"):
-        run("--classification", str(folder / "classes"), "--split", "dev", output="b")
+    with pytest.raises(FileNotFoundError, match=r"no file \*-train\.\*"):
+        run("--classification", str(folder / "wic"), output="b")
     with pytest.raises(ValueError, match="expected one of"):
         run("--select", "best", output="c")
     with pytest.raises(ValueError, match="k is 0"):

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -194,12 +195,54 @@ def test_clusters_are_those_of_k_means_and_few_states_stay_raw():
     assert sorted(counts.tolist()) == [20, 21, 22]
     for place, row in enumerate([1, 0, 2]):
         own = states[20 * row + sum(range(row)) :][: 20 + row]
-        assert np.allclose(centroids[order[place]], own.mean(0), atol=1e-4)
+        assert np.allclose(centroids[order[place]], own.mean(0), rtol=1e-3, atol=1e-4)  # float16, as they are saved
     again = np.concatenate([states[:3], states[:3]])
     centroids, counts = _cluster(again, 3, 1)
-    assert np.array_equal(centroids, np.unique(states[:3], axis=0))
+    assert np.array_equal(centroids, np.unique(states[:3], axis=0).astype(np.float16))
     assert counts.tolist() == [2, 2, 2]
     assert len(_cluster(states, lambda found: len(found) // 10, 1)[0]) == 6
+
+
+def rule_of_two(states):
+    return 2
+
+
+def test_a_rule_is_known_by_its_name_and_settings(teacher, texts, tmp_path):
+    named = build_senses(teacher, texts, tmp_path, k=rule_of_two, cap=40)
+    assert named.most == 2
+    assert named.facts["rule"].endswith("test_senses.rule_of_two")
+    few, more = (build_senses(teacher, texts, tmp_path, k=partial(markov_senses, few=few), cap=40) for few in (2, 7))
+    assert few.most < more.most
+    assert "'few': 7" in more.facts["rule"]
+    for rule in (lambda states: 6, partial(lambda states, few: 6, few=1)):
+        with pytest.raises(ValueError, match="expected a function of a module"):
+            build_senses(teacher, texts, tmp_path, k=rule, cap=40)
+
+
+def test_more_senses_than_states_are_refused_or_warned_of(teacher, texts, tmp_path, caplog):
+    with pytest.raises(ValueError, match="k is 41, cap 40"):
+        build_senses(teacher, texts, tmp_path, k=41, cap=40)
+    build_senses(teacher, texts, tmp_path, k=4, cap=40)
+    assert "states have in common" not in caplog.text
+    build_senses(teacher, texts[:3], tmp_path, k=4, cap=40)
+    assert "of the tokens occur no more than 4 times" in caplog.text
+
+
+def test_the_gradient_keeps_no_candidates_and_is_the_same_in_parts(teacher, dictionary, monkeypatch):
+    states, ids, mask = read(teacher, make_texts(9, seed=3))
+    found, kept = [], []
+    for numbers in (10**9, 3 * dictionary.most * dictionary.dim):
+        monkeypatch.setattr("hf_distill.senses._NUMBERS", numbers)
+        leaf = states.clone().requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            scores = dictionary.all_scores(leaf, ids, mask, "l2")
+        torch.softmax(scores[scores[..., 0] > -torch.inf], -1).square().sum().backward()
+        found.append((scores.detach(), leaf.grad))
+        kept.append(max(saved))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    assert max(kept) < int(mask.sum()) * dictionary.most * dictionary.dim
 
 
 # Teachers of tokens
