@@ -186,19 +186,40 @@ def compare(
 
 
 def _open(name: str, **options: Any) -> Any:
-    """Return an encoder, with its senses if it speaks in senses: `encode`, name, num_parameters, dim."""
+    """Return an encoder: `encode(texts, prompt_name=None)`, name, num_parameters, dim.
+
+    It puts its own prompts before queries and documents, speaks in senses if it has some, and leaves documents to the encoder
+    that a query encoder names.
+    """
     import torch
 
+    from .hub import PROJECTION_FILE
     from .layout import open_student
+    from .projection import PCAProjection
     from .teachers import EncoderTeacher, fetch
 
     folder = fetch(name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
-    if "senses" not in config.get("hf_distill", {}):
-        return EncoderTeacher(name, **options)
-    student = open_student(name)
-    student.to("cuda" if torch.cuda.is_available() else "cpu")
-    return SimpleNamespace(name=name, encode=student.encode, num_parameters=student.num_parameters(), dim=student.dim)
+    settings = config.get("hf_distill", {})
+    if "senses" in settings:
+        student = open_student(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+        def speak(texts: list[str], prompt_name: str | None = None) -> Any:
+            return student.encode(texts)
+
+        return SimpleNamespace(name=name, encode=speak, num_parameters=student.num_parameters(), dim=student.dim)
+    plain = EncoderTeacher(name, **options)
+    sides: dict[str | None, Any] = {side: plain.with_prompt(plain.prompt_of(side)) for side in ("query", "document")}
+    known = settings.get("document_encoder")
+    if known:
+        sides["document"] = EncoderTeacher(known["name"], known["revision"], prompt=known["prompt"], **options)
+        if (folder / PROJECTION_FILE).exists():
+            sides["document"] = sides["document"].project(PCAProjection.from_pretrained(folder))
+
+    def encode(texts: list[str], prompt_name: str | None = None) -> Any:
+        return sides.get(prompt_name, plain).encode(texts)
+
+    return SimpleNamespace(name=plain.name, encode=encode, num_parameters=plain.num_parameters, dim=plain.dim)
 
 
 def _evaluators(sts: Path | None, retrieval: str | None, split: str, dims: list[int]) -> list[Any]:
@@ -208,7 +229,7 @@ def _evaluators(sts: Path | None, retrieval: str | None, split: str, dims: list[
     if retrieval:
         from .evaluation.retrieval import RetrievalData, RetrievalEvaluator
 
-        found.append(RetrievalEvaluator(RetrievalData.load(retrieval, split), dims=dims))
+        found.append(RetrievalEvaluator(RetrievalData.load(retrieval, split), dims=dims, prompt_names=("query", "document")))
     return found
 
 

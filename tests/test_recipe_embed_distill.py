@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
 
 from hf_distill import EncoderTeacher, PCAProjection, StudentModel
+from hf_distill.cli import _evaluators, _open
 from hf_distill.evaluation.tables import dimension_table
 
 
@@ -86,6 +87,11 @@ def test_the_lines_of_the_card_search_the_index_that_was_measured(run, teacher_f
     known = PCAProjection.from_pretrained(tmp_path / "out")(known) if dim else known
     asked = StudentModel.from_pretrained(tmp_path / "out").encode(["where is the cat"], convert_to_tensor=True)
     cosines = torch.nn.functional.cosine_similarity(asked, known)
+    opened = _open(str(tmp_path / "out"), dtype="float32")  # as `hf-distill evaluate --retrieval` does
+    assert torch.cosine_similarity(opened.encode(texts, prompt_name="document"), known).min() > 0.9999
+    assert torch.cosine_similarity(opened.encode(["where is the cat"], prompt_name="query"), asked).min() > 0.9999
+    [evaluator] = _evaluators(None, str(collection[0]), "test", [])
+    assert evaluator(opened.encode)["retrieval_recall100"] > 20
     assert made["scores"][0] == pytest.approx(cosines.numpy(), abs=1e-4)
 
 
@@ -165,6 +171,13 @@ def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_fold
         seen.extend(texts)
         return encode(self, texts, *args, **kwargs)
 
+    if kind == "faiss":
+        for kept in ("IndexIDMap", "IndexIDMap2"):
+            named = getattr(faiss, kept)(faiss.IndexFlatIP(24))
+            named.add_with_ids(vectors.numpy(), np.arange(len(vectors))[::-1].copy())
+            faiss.write_index(named, str(tmp_path / "named.faiss"))
+            with pytest.raises(ValueError, match="maps its vectors to ids of its own"):
+                run("--document_embeddings", str(tmp_path / "named.faiss"), output=kept)
     monkeypatch.setattr(EncoderTeacher, "encode", counted)
     flags = ["--document_embeddings", str(path), "--num_train_epochs", "1", "--cache_dir", str(tmp_path / "others")]
     results = run(*flags, output="indexed")

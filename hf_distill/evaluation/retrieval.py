@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrieval: queries against a collection, searched exactly, scored by judgements."""
 
+import csv
+import gzip
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ class RetrievalData:
         """
         if Path(source).is_dir():
             folder = Path(source)
-            qrels = load_texts(_file(folder, f"qrels/{split}.tsv"))
+            qrels = _judgements(_file(folder, f"qrels/{split}.tsv"))
             parts = {part: _file(folder, f"{part}.jsonl") for part in ("corpus", "queries")}
             queries = _texts(load_texts(parts["queries"]), "queries", source)
             documents = documents or _texts(load_texts(parts["corpus"]), "corpus", source)
@@ -127,6 +129,19 @@ class RetrievalData:
         row = {key: i for i, key in enumerate(self.documents)}
         answers = [[row[key] for key, score in self.relevant[query].items() if score > 0] for query in self.queries]
         return list(self.queries.values()), answers
+
+
+def _judgements(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table of judgements; ids stay as they are written ("01" is not 1)."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    have = set(rows[0]) if rows else set()
+    if not {"query-id", "corpus-id", "score"} <= have:
+        raise ValueError(
+            f"RetrievalData: the first line of {path} is {sorted(map(str, have))}, expected query-id, corpus-id and score, "
+            "separated by tabs. A judgement would be taken for the heading. Write that line on top."
+        )
+    return rows
 
 
 def _texts(rows: Any, name: str, source: str | Path) -> dict[str, str]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_distill.evaluation.index import KINDS, Space, _build, index_report
+from hf_distill.evaluation.index import KINDS, Space, _build, _without_own, index_report
 from hf_distill.evaluation.plots import draw_index
 from hf_distill.evaluation.tables import index_table
 
@@ -88,6 +88,22 @@ def test_signs_are_rescored_with_the_queries_floats(texts):
         for a, b in zip(hamming.topk(10, largest=False).indices.tolist(), texts[2].topk(10).indices.tolist(), strict=True)
     ]
     assert rows["a, binary, rescored"]["overlap"] > 100 * np.mean(plain)
+
+
+def test_a_querys_own_document_is_never_found_for_it(texts):
+    documents, queries, _ = texts
+    own = [*range(5), *[None] * (len(queries) - 5)]
+    asked = torch.cat([documents[:5], queries[5:]])  # the first five stand in the collection
+    spaces, relevant = {"a": Space(documents, asked, ["flat"])}, [[row if row is not None else 0] for row in own]
+    [row] = index_report(spaces, relevant, rounds=1, single=1, own=own).values()
+    [counted] = index_report(spaces, relevant, rounds=1, single=1).values()
+    assert counted["recall"] - row["recall"] == pytest.approx(100 * 5 / len(own))
+    cosines = functional.normalize(asked, dim=-1) @ functional.normalize(documents, dim=-1).T
+    cosines[range(5), range(5)] = -2
+    space = spaces["a"]
+    ranked = (space.queries @ space.documents.T).argsort(1)[:, ::-1]
+    found = _without_own(ranked[:, :11], own, 10)
+    assert np.array_equal(found, cosines.topk(10).indices.numpy())
 
 
 def test_table_and_picture(report, tmp_path):

@@ -151,6 +151,18 @@ def test_beir_folders_are_read_titles_before_texts_and_judged_queries_only(tmp_p
         RetrievalData.load(tmp_path / "set")
 
 
+def test_ids_stay_as_they_are_written_and_a_table_without_a_heading_is_refused(tmp_path):
+    corpus = [{"_id": key, "title": "", "text": key} for key in ("01", "1")]
+    folder = write(tmp_path / "set", corpus, [{"_id": "007", "text": "who"}], [("007", "01", 1)])
+    data = RetrievalData.load(folder)
+    assert data.relevant == {"007": {"01": 1}}
+    assert data.own_documents() is None
+    [judgements] = folder.glob("qrels/*.tsv*")
+    judgements.write_text("q 0 d 1\n")
+    with pytest.raises(ValueError, match="expected query-id, corpus-id and score"):
+        RetrievalData.load(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "judgements"),
     [("mteb/tiny", ("mteb/tiny", "default", "dev")), ("BeIR/tiny", ("BeIR/tiny-qrels", None, "dev"))],
