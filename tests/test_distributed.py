@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,3 +248,24 @@ def test_two_processes_make_the_dictionary_of_one(folder):
     assert torch.equal(one.offsets, two.offsets)
     assert torch.equal(one.counts, two.counts)
     assert (one.senses - two.senses).abs().max() < 2e-3  # float16, and batches of other lengths
+
+
+def test_two_processes_make_queries_mine_and_search_as_one(folder, collection, teacher_folder):
+    shutil.copytree(collection[0], folder / "collection")
+    shutil.copytree(teacher_folder, folder / "teacher")
+    for processes in (1, 2):
+        succeed("retrieval", folder, processes)
+    [one], two = (json.loads((folder / f"retrieval-{n}.json").read_text()) for n in (1, 2))
+    assert len(two) == 2
+    assert one["asked"] == 64
+    assert [each["asked"] for each in two] == [32, 32]
+    assert one["made"] == two[0]["made"] == two[1]["made"]
+    assert len(one["mined"]) == 1
+    assert [each["mined"] for each in two] == [one["mined"], []]
+    results = [json.loads((folder / f"retrieval-run-{n}" / "results.json").read_text()) for n in (1, 2)]
+    assert results[0]["data"] == results[1]["data"]
+    scores = [result["rows"]["student"]["scores"] for result in results]
+    assert scores[0] == pytest.approx(scores[1], abs=0.5)
+    assert scores[0] != results[0]["rows"]["untrained student"]["scores"]
+    log = (folder / "retrieval-caches-2" / "test-evaluations.jsonl").read_text().splitlines()
+    assert len(log) == 3  # teacher, untrained student, student: once each, whatever the processes

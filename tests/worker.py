@@ -253,6 +253,39 @@ def senses():
         (FOLDER / f"senses-{state.num_processes}.json").write_text(json.dumps({"world": state.num_processes, "read": counts}))
 
 
+def retrieval():
+    """Make queries, mine negatives, train and search as recipes/embed_distill.py does."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    import embed_distill
+    import retrieval as recipe
+
+    from hf_distill.queries import SpanQueries, generate_queries
+
+    state = PartialState(cpu=True)
+    world, asked, mined, mine = state.num_processes, [], [], recipe.mine_negatives
+
+    class Counted(SpanQueries):
+        def __call__(self, documents, seed=0):
+            asked.extend(documents)
+            return super().__call__(documents, seed)
+
+    def counted(queries, *args, **kwargs):
+        mined.append(len(queries))
+        return mine(queries, *args, **kwargs)
+
+    recipe.mine_negatives = counted
+    embed_distill.DistillationTrainer.end = lambda self: None  # it leaves the launch, and there is more to gather
+    made = generate_queries(make_texts(64), Counted(2), FOLDER / f"queries-{world}", shard_size=8)
+    flags = f"--collection {FOLDER / 'collection'} --teacher {FOLDER / 'teacher'} --backbone {FOLDER / 'backbone'} --layers 0 2"
+    flags += f" --negatives 2 --per_device_train_batch_size {8 // world} --num_train_epochs 2 --learning_rate 5e-3 --spans 1"
+    flags += f" --output_dir {FOLDER / f'retrieval-run-{world}'} --cache_dir {FOLDER / f'retrieval-caches-{world}'}"
+    flags += " --disable_tqdm true --use_cpu true --bf16 false --attention eager --index_report false --dropout 0"
+    embed_distill.main(flags.split())
+    counts = gather_object([{"asked": len(asked), "mined": mined, "made": made.to_list()}])
+    if state.is_main_process:
+        (FOLDER / f"retrieval-{world}.json").write_text(json.dumps(counts))
+
+
 def fsdp2():
     """What Accelerate does on GPUs, by torch's own `fully_shard` (the Trainer's FSDP does not run on a CPU)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
