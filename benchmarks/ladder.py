@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EmbedDistill rung by rung, over seeds: `python benchmarks/ladder.py --name scifact -- --collection $DATA/scifact ...`.
+"""A recipe's parts beside each other, over seeds: `python benchmarks/ladder.py scifact ladder -- --collection $DATA/scifact`.
 
-Runs recipes/embed_distill.py for each rung and seed with the flags behind `--`, one after the other, in outputs/NAME; finished
-runs are kept. Writes recipes/results/NAME_ladder.json: mean, least and greatest score over seeds. Rungs whose ranges overlap
-count as equal. `--reranker R` compares what that cross-encoder teaches instead, as NAME_reranker.json. The epochs of a rung are
-what dev asked for on SciFact: few where both towers learn, many where a query encoder alone learns from few queries.
+Runs the recipe for each rung of a ladder and seed with the flags behind `--`, one after the other, in outputs/NAME_LADDER;
+finished runs are kept. Writes recipes/results/NAME_LADDER.json: mean, least and greatest score over seeds. Rungs whose ranges
+overlap count as equal. The data are split by --split_seed, the same for all.
 """
 
 import argparse
@@ -12,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,59 +20,123 @@ from hf_distill.evaluation.tables import table
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Ladder:
+    """What is compared.
+
+    recipe: Its name. rungs: Name -> the flags that differ. scores: Heading -> key. rows: Heading -> (rung, row of its results).
+    reference: The row that the others are a share of, by the last score.
+    """
+
+    recipe: str
+    rungs: dict[str, str]
+    scores: dict[str, str]
+    rows: dict[str, tuple[str, str]]
+    reference: str = "teacher"
+
+
+def climb(recipe: str, rungs: dict[str, str], scores: dict[str, str]) -> Ladder:
+    """Return the ladder whose rows are the teacher and each rung's student."""
+    rows = {"teacher": (next(iter(rungs)), "teacher"), **{rung: (rung, "student") for rung in rungs}}
+    return Ladder(recipe, rungs, scores, rows)
+
+
+SEARCH = {"dev": "dev_ndcg10", "test": "test_ndcg10"}
+# The epochs are what dev asked for on SciFact: few where both towers learn, many where a query encoder alone learns.
 SYMMETRIC = "--symmetric true --num_train_epochs 4"
 UNMATCHED = f"{SYMMETRIC} --query_weight 0 --document_weight 0"
 LADDERS = {
-    "ladder": {
-        "labels": f"{UNMATCHED} --score_weight 0",
-        "+ scores": UNMATCHED,
-        "+ inherited documents": "--num_train_epochs 20 --query_weight 0",
-        "+ query matching": "--num_train_epochs 20",
-        "+ made queries": "--num_train_epochs 5 --spans 4",
-    },
-    "reranker": {
-        "labels": f"{UNMATCHED} --score_weight 0",
-        "+ reranker's scores": f"{UNMATCHED} --reranker {{}}",
-        "+ dual pooling": f"{SYMMETRIC} --dual_pooling 256 --reranker {{}}",
-    },
+    "ladder": climb(
+        "embed_distill",
+        {
+            "labels": f"{UNMATCHED} --score_weight 0",
+            "+ scores": UNMATCHED,
+            "+ inherited documents": "--num_train_epochs 20 --query_weight 0",
+            "+ query matching": "--num_train_epochs 20",
+            "+ made queries": "--num_train_epochs 5 --spans 4",
+        },
+        SEARCH,
+    ),
+    "reranker": climb(  # what a cross-encoder teaches: RERANKER in the flags
+        "embed_distill",
+        {
+            "labels": f"{UNMATCHED} --score_weight 0",
+            "+ reranker's scores": f"{UNMATCHED} --reranker RERANKER",
+            "+ dual pooling": f"{SYMMETRIC} --dual_pooling 256 --reranker RERANKER",
+        },
+        SEARCH,
+    ),
+    "parts": climb(
+        "lealla",
+        {
+            "AMS": "--feature_weight 0 --logit_weight 0",
+            "AMS + feature": "--logit_weight 0",
+            "AMS + logit": "--feature_weight 0",
+            "AMS + feature + logit": "",
+        },
+        {"dev": "dev_avg", "other languages": "tatoeba_other", "trained languages": "tatoeba_trained"},
+    ),
+    "senses": Ladder(
+        "multi_sense",
+        {"senses": "", "states": "--sense_weight 0 --state_weight 1"},
+        {"STS avg": "sts_avg", "WiC": "wic", "SST-2": "sst2_few", "TREC": "trec_few", "end avg": "end_avg"},
+        {
+            "teacher": ("senses", "teacher"),
+            "teacher, replaced": ("senses", "teacher, replaced"),
+            "untrained student": ("senses", "untrained student"),
+            "student of states (MSE)": ("states", "student, without senses"),
+            "student of states, replaced": ("states", "student"),
+            "student of senses": ("senses", "student, without senses"),
+            "student of senses, replaced": ("senses", "student"),
+        },
+    ),
 }
 
 
 def main() -> None:
     """Run what is not finished; put the scores beside each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True)
+    parser.add_argument("name", help="of the data")
+    parser.add_argument("ladder", choices=LADDERS)
     parser.add_argument("--reranker")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("flags", nargs="*", help="of the recipe, behind --")
     options = parser.parse_args()
-    ladder = "reranker" if options.reranker else "ladder"
-    folder = ROOT / "outputs" / f"{options.name}_{ladder}"
-    rungs: dict[str, list[dict[str, Any]]] = {}
+    ladder = LADDERS[options.ladder]
+    folder = ROOT / "outputs" / f"{options.name}_{options.ladder}"
+    runs: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
-        for number, (rung, more) in enumerate(LADDERS[ladder].items()):
+        for number, (rung, more) in enumerate(ladder.rungs.items()):
             output = folder / f"{number}-{seed}"
             if not (output / "results.json").exists():
-                own = [*more.format(options.reranker).split(), "--seed", str(seed), "--output_dir", str(output)]
-                recipe = [sys.executable, str(ROOT / "recipes" / "embed_distill.py")]
-                subprocess.run([*recipe, *options.flags, *own, "--index_report", "false"], check=True)
-            rungs.setdefault(rung, []).append(json.loads((output / "results.json").read_text("utf-8")))
-    rows = {"teacher": cells([results["rows"]["teacher"] for results in next(iter(rungs.values()))])}
-    rows |= {rung: cells([results["rows"]["student"] for results in found]) for rung, found in rungs.items()}
+                own = [options.reranker if word == "RERANKER" else word for word in more.split()]
+                own += ["--seed", str(seed), "--output_dir", str(output)]
+                own += ["--index_report", "false"] if ladder.recipe == "embed_distill" else []
+                recipe = [sys.executable, str(ROOT / "recipes" / f"{ladder.recipe}.py")]
+                subprocess.run([*recipe, *options.flags, *own], check=True)
+            runs.setdefault(rung, []).append(json.loads((output / "results.json").read_text("utf-8")))
+    rows = {
+        heading: cells([results["rows"][row] for results in runs[rung]], ladder.scores)
+        for heading, (rung, row) in ladder.rows.items()
+    }
+    last = [heading for heading in ladder.scores if heading in rows[ladder.reference]][-1]
     for cell in rows.values():
-        cell["of the teacher"] = 100 * cell["test"] / rows["teacher"]["test"]
-    runs = {rung: [results["provenance"] for results in found] for rung, found in rungs.items()}
-    results = {"table": rows, "seeds": options.seeds, "runs": runs, "provenance": provenance(options.seeds[0])}
-    write_results(ROOT / "recipes" / "results", results, f"{options.name}_{ladder}")
+        cell[f"of the {ladder.reference}"] = 100 * cell[last] / rows[ladder.reference][last]
+    made = {rung: [results["provenance"] for results in found] for rung, found in runs.items()}
+    results = {"table": rows, "seeds": options.seeds, "runs": made, "provenance": provenance(options.seeds[0])}
+    write_results(ROOT / "recipes" / "results", results, f"{options.name}_{options.ladder}")
     print(table(rows))
 
 
-def cells(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the parameters, and nDCG@10 of dev and test, times 100: mean, and the range over the seeds."""
+def cells(found: list[dict[str, Any]], scores: dict[str, str]) -> dict[str, Any]:
+    """Return the parameters, and each score that was measured: mean, and the range over the seeds."""
     row: dict[str, Any] = {"params": f"{found[0]['parameters'] / 1e6:.1f}M"}
-    for split in ("dev", "test"):
-        values = [one["scores"][f"{split}_ndcg10"] for one in found]
-        row |= {split: statistics.mean(values), f"{split}, range": f"{min(values):.2f}–{max(values):.2f}"}
+    for heading, key in scores.items():
+        if key in found[0]["scores"]:
+            values = [one["scores"][key] for one in found]
+            row |= {heading: statistics.mean(values), f"{heading}, range": f"{min(values):.2f}–{max(values):.2f}"}
     return row
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     recipe, args = parse_arguments(LEALLAArguments, DistillationTrainingArguments, max_steps=5000, **defaults)
     fill_in(recipe)
     dims, recipe.dims = recipe.dims, []
-    data = open_translations(recipe, args.seed)
+    data = open_translations(recipe)
     teacher = open_teacher(recipe, recipe.teacher_prompt)
     teacher.add(data.train["english"], data.train["translation"])
     teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])

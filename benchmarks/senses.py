@@ -72,7 +72,7 @@ def main() -> None:
         place = cache_folder(recipe.cache_dir, teacher)
         place = place.with_name(f"{place.name}-states")
         for k in sizes:
-            dictionary = build_senses(teacher, texts.all(), place, k, recipe.cap, args.seed, recipe.teacher_batch_size)
+            dictionary = build_senses(teacher, texts.all(), place, k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size)
             facts = statistics(dictionary, texts.held_out)
             more = {"MB": facts["mb"]}
             if recipe.words:

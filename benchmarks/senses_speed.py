@@ -45,7 +45,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             size = recipe.teacher_batch_size
             started = time.perf_counter()
-            dictionary = build_senses(teacher, texts, folder, recipe.k, recipe.cap, args.seed, size)
+            dictionary = build_senses(teacher, texts, folder, recipe.k, recipe.cap, recipe.split_seed, size)
             build.append(time.perf_counter() - started)
     ordered = sorted(texts, key=len)
     batches = [ordered[start : start + 32] for start in range(0, len(ordered), 32)]

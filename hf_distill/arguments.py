@@ -136,6 +136,10 @@ class RecipeArguments:
     dims: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "First dimensions of an embedding to score as well."}
     )
+    split_seed: int = field(
+        default=42,
+        metadata={"help": "Decides what is held out of the data and sampled; --seed what is drawn in training."},
+    )
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call the texts, if not as they are."})
     license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
@@ -241,7 +245,6 @@ class RetrievalArguments(RecipeArguments):
     dev_queries: int | None = field(
         default=None, metadata={"help": "Training queries held out to choose by; a fifth of them if not given."}
     )
-    split_seed: int = field(default=42, metadata={"help": "Decides which, and what queries are made."})
     query_prompt: str | None = field(default=None, metadata={"help": "Text before every query of the teacher."})
     document_prompt: str | None = field(default=None, metadata={"help": "Text before every document of the teacher."})
     document_embeddings: str | None = field(

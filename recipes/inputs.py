@@ -46,11 +46,11 @@ def training_texts(recipe: Any, args: Any, seen: list[str]) -> TrainingTexts:
     ]
     dataset, columns = (join_texts(parts), None) if len(parts) > 1 else parts[0]
     texts = TrainingTexts.split(
-        dataset, columns or args.text_columns, recipe.held_out, recipe.max_texts, args.seed, leaks_from=seen
+        dataset, columns or args.text_columns, recipe.held_out, recipe.max_texts, recipe.split_seed, leaks_from=seen
     )
     rounds: list[tuple[Any, int]] = []
     if recipe.synonyms:
-        rounds.append((SynonymReplacement(seed=args.seed), recipe.synonyms))
+        rounds.append((SynonymReplacement(seed=recipe.split_seed), recipe.synonyms))
     if recipe.back_translation:
         rounds.append((BackTranslation(*recipe.back_translation), 1))
     return texts.extended(augment(texts.all(), rounds), seen) if rounds else texts

@@ -49,7 +49,7 @@ class LEALLAArguments(TranslationArguments):
 def main(argv: list[str] | None = None) -> None:
     """Cache the teacher, train the student on translations, find them again."""
     recipe, args, report = begin("lealla", AdditiveMarginSoftmax.paper, LEALLAArguments, argv)
-    data = open_translations(recipe, args.seed)
+    data = open_translations(recipe)
     if args.train_batch_size * args.world_size < 2:
         raise ValueError("lealla: a batch of one pair has no other translation to tell it from. Use larger batches.")
     languages = ["english"] * len(data.train) + list(data.train["language"])

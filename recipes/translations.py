@@ -30,9 +30,9 @@ class Translations:
     facts: dict[str, Any]
 
 
-def open_translations(recipe: Any, seed: int) -> Translations:
+def open_translations(recipe: Any) -> Translations:
     """Return what `--pairs` names, without what `--tatoeba` holds, small languages repeated by `--language_temperature`."""
-    everything, test = open_pairs(recipe)
+    (everything, test), seed = open_pairs(recipe), recipe.split_seed
     if recipe.tatoeba:
         test = load_bitext(recipe.tatoeba)
     seen = {text for first, second in test.values() for text in first + second}

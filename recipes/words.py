@@ -136,7 +136,9 @@ def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -
     else:
         states = cache_folder(recipe.cache_dir, teacher)
         states = states.with_name(f"{states.name}-states")
-        dictionary = build_senses(teacher, texts.all(), states, recipe.k, recipe.cap, args.seed, recipe.teacher_batch_size)
+        dictionary = build_senses(
+            teacher, texts.all(), states, recipe.k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size
+        )
         dictionary.facts |= {"select": recipe.select, "license": recipe.license}
     if args.process_index == 0:
         dictionary.save_pretrained(folder)

@@ -54,7 +54,11 @@ def test_rooms_keep_to_themselves():
         "build.py": ({"torch", "transformers"}, {"student"}),
         "vocabulary.py": ({"torch", "transformers"}, {"student"}),
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
-        "teachers.py": ({"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"}, {"licenses", "student"}),
+        "teachers.py": (
+            {"torch", "transformers", "safetensors", "huggingface_hub", "accelerate"},
+            {"licenses", "student", "teacher_layout"},
+        ),
+        "teacher_layout.py": ({"torch", "safetensors"}, {"student"}),
         "cache.py": ({"torch", "transformers", "numpy", "huggingface_hub"}, {"hub", "processes", "shards", "teachers"}),
         "projection.py": ({"torch", "transformers", "safetensors", "huggingface_hub"}, {"cache", "hub"}),
         "hub.py": ({"transformers", "huggingface_hub"}, set()),
