@@ -2,8 +2,8 @@
 """How many senses, chosen how, of which layer: `python benchmarks/senses.py --dims 1 5 10 20 50 --sts_dev $DATA/sts ...`.
 
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
-itself. Nothing is trained. Takes the recipe's flags (`--split dev`); `--layers` and `--dims` are the layers and the k to try.
-Writes recipes/results/senses_sweep.json.
+itself, on dev (`--split test` would choose on the test). Nothing is trained. Takes the recipe's flags; `--layers` and `--dims`
+are the layers and the k to try. Writes recipes/results/senses_<teacher>.json, again after each row.
 """
 
 import logging
@@ -57,33 +57,39 @@ def main() -> None:
     """Score every combination; remember the states of the tests, not those of the training texts."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
-    recipe, args = parse_arguments(MultiSenseArguments, DistillationTrainingArguments, **demo_defaults("senses_sweep"))
+    defaults = {**demo_defaults("senses_sweep"), "split": "dev"}
+    recipe, args = parse_arguments(MultiSenseArguments, DistillationTrainingArguments, **defaults)
     layers, sizes = recipe.layers or [-1], recipe.dims
     fill_in(recipe)
     report = RunReport("multi_sense", SenseLoss.paper)
     tasks = EndTasks(recipe, report)
     texts = training_texts(recipe, args, tasks.seen)
     rows: dict[str, dict[str, Any]] = {}
+    name = recipe.teacher_name or recipe.teacher[0]
+    facts = {"teacher": name, "split": recipe.split, "texts": texts.facts(recipe.texts_name)}
+
+    def keep(row: str, scores: dict[str, Any]) -> None:
+        rows[row] = scores
+        results = {"table": rows, "scores": report.rows, **facts, "provenance": provenance(recipe.split_seed)}
+        write_results(RECIPES / "results", results, f"senses_{Path(name).name.lower()}")
+        print(row, scores, flush=True)
+
     for layer in layers:
-        options = {"layer": layer, "max_length": recipe.teacher_max_length}
-        teacher, tested = (kind(recipe.teacher[0], **options) for kind in (TokenTeacher, Remembered))
+        options = {"layer": layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
+        teacher, tested = (kind(recipe.teacher[0], recipe.teacher_revision, **options) for kind in (TokenTeacher, Remembered))
         tasks.add(f"layer {layer}", tested.states, tested, tested.num_parameters)
-        rows[f"layer {layer}"] = cells(report.rows[f"layer {layer}"]["scores"])
+        keep(f"layer {layer}", cells(report.rows[f"layer {layer}"]["scores"]))
         place = cache_folder(recipe.cache_dir, teacher)
         place = place.with_name(f"{place.name}-states")
         for k in sizes:
             dictionary = build_senses(teacher, texts.all(), place, k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size)
-            facts = statistics(dictionary, texts.held_out)
-            more = {"MB": facts["mb"]}
+            more = {"MB": statistics(dictionary, texts.held_out)["mb"]}
             if recipe.words:
                 more["words"] = word_similarity(sense_vectors(dictionary), recipe.words)["words_avg"]
             for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
-                name = f"layer {layer}, k {k}, {select}"
-                tasks.add(name, SenseTeacher(tested, dictionary, select).replaced, tested, tested.num_parameters)
-                rows[name] = cells(report.rows[name]["scores"]) | more
-                print(name, rows[name], flush=True)
-    results = {"table": rows, "scores": report.rows, "texts": texts.facts(recipe.texts_name)}
-    write_results(RECIPES / "results", {**results, "provenance": provenance(args.seed)}, "senses_sweep")
+                row = f"layer {layer}, k {k}, {select}"
+                tasks.add(row, SenseTeacher(tested, dictionary, select).replaced, tested, tested.num_parameters)
+                keep(row, cells(report.rows[row]["scores"]) | more)
     print(table(rows))
 
 

@@ -35,13 +35,19 @@ def test_card_is_made_from_the_result(name):
     card = ModelCard.load(ROOT / "model_cards" / f"{name}.md")
     scores = STUDENTS[name]["rows"]["student"]["scores"]
     listed = {result.dataset_name: result.metric_value for result in card.data.eval_results}
-    if STUDENTS[name]["recipe"] == "hpd":
+    recipe, called = STUDENTS[name]["recipe"], STUDENTS[name]["data"]["name"]
+    if recipe in ("hpd", "multi_sense"):
         tests = {key[4:]: value for key, value in scores.items() if key.startswith("sts_") and "avg" not in key}
         assert STS_SETS.keys() <= tests.keys()
         assert f"{scores['sts_avg']:.2f}" in card.text
-    else:
-        tests = {f"{STUDENTS[name]['data']['name']}, test queries": scores["test_ndcg10"]}
+    elif recipe == "embed_distill":
+        tests = {f"{called}, test queries": scores["test_ndcg10"]}
         assert "![index](../recipes/results/" in card.text
+    else:
+        known = {"tatoeba_avg": "Tatoeba, mean over languages", "test_avg": f"{called}, test pairs"}
+        tests = {title: scores[key] for key, title in known.items() if key in scores}
+        assert tests
+        assert "![languages](../recipes/results/" in card.text
     assert listed == {name: round(value, 2) for name, value in tests.items()}
     for plot in re.findall(r"\]\(\.\./(.*\.png)\)", card.text):
         assert (ROOT / plot).is_file()
