@@ -190,6 +190,7 @@ class RecipeArguments:
             "backbone_name",
             "texts_name",
             "words",
+            "explained",
             "index_report",
         )
         return {key: value for key, value in asdict(self).items() if key not in places}

@@ -24,7 +24,7 @@ MEASURED = ("results.json", "training.png", "dimensions.png", "index.png", "lang
 # What a run needs to go on, and nobody else should get: training_args.bin holds the token in clear, others name the machine.
 NOT_PUBLISHED = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", "training_head.safetensors",
-    "checkpoint-*", "_*", ".*", "emissions.csv", "runs", "*tfevents*",
+    "checkpoint-*", "_*", ".*", "emissions.csv", "runs", "*tfevents*", "explained",
 )  # fmt: skip
 # What a loader would read although it belongs to an earlier push.
 _LAYOUT = re.compile(

@@ -72,6 +72,8 @@ def fill_in(recipe: Any) -> None:
         recipe.language = recipe.language or "en"
         if data == "collection":
             recipe.dim = recipe.dim or 128
+        if data == "texts" and hasattr(recipe, "explained"):
+            recipe.explained = recipe.explained or ["light", "bank", "draw"]
         if data == "pairs":
             recipe.anchor = True  # the teacher knows modern English only
             recipe.shape = None if recipe.max_params or recipe.from_scratch else recipe.shape or "small"

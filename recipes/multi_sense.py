@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 
 from inputs import begin, training_texts
-from words import EndTasks, dictionary_facts, open_dictionary, open_senses, open_token_teacher, student_states
+from words import EndTasks, dictionary_facts, explain_words, open_dictionary, open_senses, open_token_teacher, student_states
 
 from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
@@ -33,6 +33,7 @@ class MultiSenseArguments(TextArguments):
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error of states (live teacher)."})
     soft: bool = field(default=False, metadata={"help": "Learn the teacher's distribution over senses, not its choice (live)."})
     temperature: float = field(default=1.0, metadata={"help": "What scores of senses are divided by."})
+    explained: list[str] | None = field(default=None, metadata={"help": "Words whose senses to show, in <output>/explained."})
     words: str | None = field(default=None, metadata={"help": "Table of word similarity: word1, word2, score, set."})
     wic: str | None = field(default=None, metadata={"help": "Folder of Word-in-Context: train, dev, test."})
     classification: str | None = field(default=None, metadata={"help": "Folder of <name>-train and <name>-test: text, label."})
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks.add("student, without senses", student_states(student, replace=False), student, size)
         tasks.add("student", student_states(student, replace=True), student, size)
     facts = dictionary_facts(recipe, live, student, texts.held_out)
+    explain_words(recipe, args, live, texts.all())
     print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))
     trainer.end()
 

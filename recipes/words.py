@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from demo import EMBEDDED, gcide_contexts
 from inputs import sts_evaluators
 from torch.nn import functional
+from transformers.utils import logging
 
 from hf_distill.cache import TeacherCache, cache_folder
+from hf_distill.evaluation.explain import explain
 from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, STSEvaluator
 from hf_distill.evaluation.word_sense import (
@@ -33,6 +35,7 @@ from hf_distill.student import encode_sorted, pool
 from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 
 
+logger = logging.get_logger("hf_distill.words")
 States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -190,6 +193,24 @@ def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list
         right += int((found == wanted)[wanted >= 0].sum())
         total += int((wanted >= 0).sum())
     return right / max(1, total)
+
+
+def explain_words(recipe: Any, args: Any, source: SenseTeacher, texts: Iterable[str]) -> None:
+    """Write the senses of `--explained` with their contexts, and a map each: people look before they trust. Not published."""
+    folder, found = Path(args.output_dir) / "explained", []
+    if not recipe.explained or args.process_index:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(texts)
+    for word in recipe.explained:
+        try:
+            explained = explain(word, source.dictionary, source.teacher, texts)
+            explained.draw(folder / f"{word}.png")
+        except ValueError as error:  # a word of several tokens, or one that the texts hardly hold
+            logger.warning(str(error))
+            continue
+        found.append(f"## {word}\n\n{explained.table()}\n\n![contexts of {word}]({word}.png)\n")
+    (folder / "README.md").write_text("# Senses of some words\n\n" + "\n".join(found), encoding="utf-8")
 
 
 def dictionary_facts(recipe: Any, source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> dict[str, Any]:

@@ -64,7 +64,12 @@ def log_accuracy(results):
 
 def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run, folder):
     tests = f"--wic {folder / 'wic'} --classification {folder / 'classes'} --words {folder / 'words.tsv'}".split()
-    results = run(*tests)
+    results = run(*tests, "--explained", "cat", "catalogue")
+    shown = (folder / "out" / "explained" / "README.md").read_text()
+    assert "## cat" in shown
+    assert "[cat]" in shown  # in its contexts
+    assert "catalogue" not in shown  # several tokens
+    assert (folder / "out" / "explained" / "cat.png").stat().st_size > 10_000
     rows = {name: row["scores"] for name, row in results["rows"].items()}
     assert list(rows) == ["teacher", "teacher, replaced", "untrained student", "student, without senses", "student"]
     assert rows["teacher"]["fidelity_spearman"] == pytest.approx(100)
