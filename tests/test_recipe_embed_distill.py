@@ -43,6 +43,7 @@ def test_queries_learn_to_search_the_teachers_index(run, collection, tmp_path, c
     assert rows["student"]["dev_ndcg10"] > rows["untrained student"]["dev_ndcg10"]
     assert results["data"]["columns"] == ["query", "positive", "negative_1", "negative_2"]
     assert (results["data"]["held_out"], results["data"]["documents"]) == (20, 200)
+    assert (results["data"]["test_queries"], results["data"]["test_queries_with_trained_answers"]) == (50, 0)
     assert results["data"]["name"] == collection[0].name
     assert results["data"]["rows"] == results["data"]["queries"] > 250
     assert results["inherited_columns"] == ["positive", "negative_1", "negative_2"]
@@ -254,6 +255,8 @@ def test_queries_of_the_evaluation_are_left_out_of_the_training(run, collection,
     [
         (["--document_embeddings", "INDEX"], r"holds \(199, 23, 1\), expected finite vectors"),
         (["--metric", "l1"], "metric is 'l1'"),
+        (["--temperature", "0"], "temperatures are 0.0 and 1.0"),
+        (["--negatives", "0"], "expected --negatives 1 or more"),
         (["--dual_pooling", "8"], "dual_pooling is 8, reranker None"),
         (["--dev_queries", "100"], "100 of 100 queries to split off"),
     ],
@@ -263,6 +266,7 @@ def test_wrong_input_is_refused_before_work(run, tmp_path, flags, message):
     flags = [str(tmp_path / "index.npy") if flag == "INDEX" else flag for flag in flags]
     with pytest.raises(ValueError, match=message):
         run(*flags)
+    assert not list(tmp_path.glob("caches/*/*.safetensors"))
 
 
 def test_settings_of_other_recipes_are_refused(run, capsys):
