@@ -401,7 +401,12 @@ class EncoderTeacher(Teacher):
 
         Args:
             side: "query", "document" or None; see `EncoderTeacher`.
+
+        Raises:
+            ValueError: If it is none of them.
         """
+        if side not in SIDES:
+            raise ValueError(f"EncoderTeacher: side is {side!r}, expected one of {list(SIDES)}. Its prompt would be another's.")
         return next((self._prompts[name] for name in (*SIDES[side], None) if name in self._prompts), "")
 
     @property

@@ -109,6 +109,8 @@ def test_a_teachers_own_prompts_are_put_before_queries_and_documents(run, teache
         ours = EncoderTeacher(prompted, side=side).encode(["the sea"])
         assert torch.cosine_similarity(ours, torch.from_numpy(encode(["the sea"]))).item() > 0.9999
     assert EncoderTeacher(prompted).prompt == ""
+    with pytest.raises(ValueError, match="side is 'passage', expected one of"):
+        EncoderTeacher(prompted, side="passage")
     run("--teacher", str(prompted), "--num_train_epochs", "1")
     folders = {json.loads(path.read_text())["fingerprint"]["prompt"] for path in (tmp_path / "caches").glob("*/manifest.json")}
     assert folders == {"red ", "blue "}
