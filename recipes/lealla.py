@@ -4,15 +4,14 @@
 from dataclasses import dataclass, field
 
 from inputs import begin, open_student, open_teacher
-from translations import open_translations
+from translations import open_translations, shape_student
 
 from hf_distill.arguments import TranslationArguments
-from hf_distill.build import LEALLA_SHAPES, plan
+from hf_distill.build import LEALLA_SHAPES
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
 from hf_distill.runs import last_checkpoint
 from hf_distill.teachers import AnchoredTeacher
 from hf_distill.trainer import DistillationTrainer
-from hf_distill.vocabulary import vocabulary_for
 
 
 @dataclass
@@ -33,6 +32,8 @@ class LEALLAArguments(TranslationArguments):
         super().__post_init__()
         if self.shape is not None and self.shape not in LEALLA_SHAPES:
             raise ValueError(f"lealla: shape is {self.shape!r}, expected one of {sorted(LEALLA_SHAPES)}.")
+        if not self.loss().parts:  # or it refuses what it can't be made of, before the work
+            raise ValueError("lealla: the weights of all parts are 0, expected one above. Nothing would be learned.")
 
     def loss(self) -> WeightedLoss:
         """Return the weighted parts; what has weight 0 is not computed."""
@@ -56,13 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = [*data.train["english"], *data.train["translation"]]
 
     teacher = open_teacher(recipe, recipe.teacher_prompt)
-    if recipe.max_params:
-        wanted = vocabulary_for(teacher.teacher.tokenizer, corpus, languages, recipe.coverage)
-        found = plan(recipe.max_params, wanted)
-        recipe.from_scratch = [found.hidden_size, found.layers, found.heads, found.intermediate_size]
-        recipe.max_vocabulary = found.vocabulary
-    elif recipe.shape:
-        recipe.from_scratch = list(LEALLA_SHAPES[recipe.shape])
+    shape_student(recipe, corpus, languages)
     width = recipe.dim or (recipe.from_scratch[0] if recipe.from_scratch else teacher.dim)
     options = {"projection_dim": width, "pooling": recipe.pooling, "activation": recipe.activation}
     student = open_student(recipe, corpus, languages, **options)

@@ -8,10 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 from demo import EMBEDDED_PAIRS, bible_pairs
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from hf_distill.build import LEALLA_SHAPES, plan
 from hf_distill.data import find_leaks, load_texts, mix_languages, normal_form, require_texts, split_source, text_columns
 from hf_distill.evaluation.bitext import BitextEvaluator, load_bitext
+from hf_distill.vocabulary import vocabulary_for
 
 
 logger = logging.get_logger("hf_distill.translations")
@@ -77,6 +80,17 @@ def open_translations(recipe: Any) -> Translations:
         groups = {name: codes for name, codes in groups.items() if codes}
         evaluators.append(BitextEvaluator(test, groups, recipe.dims, "tatoeba" if recipe.tatoeba else "test"))
     return Translations(mixed, evaluators, facts)
+
+
+def shape_student(recipe: Any, corpus: list[str], languages: list[str]) -> None:
+    """Make `--shape`, or what fits in `--max_params` with the backbone's vocabulary, the student's `--from_scratch`."""
+    if recipe.max_params:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)  # the student's, too
+        found = plan(recipe.max_params, vocabulary_for(tokenizer, corpus, languages, recipe.coverage))
+        recipe.from_scratch = [found.hidden_size, found.layers, found.heads, found.intermediate_size]
+        recipe.max_vocabulary = found.vocabulary
+    elif recipe.shape:
+        recipe.from_scratch = list(LEALLA_SHAPES[recipe.shape])
 
 
 def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, tuple[list[str], list[str]]]]:

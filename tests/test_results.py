@@ -150,3 +150,6 @@ def test_the_small_query_encoder_keeps_what_was_asked_of_it():
     assert rows["student"]["parameters"] <= rows["teacher"]["parameters"] / 10
     ladder = RUNS["scifact_ladder"]["table"]
     assert ladder["+ made queries"]["of the teacher"] >= 97
+    reranker = RUNS["scifact_reranker"]["table"]
+    assert len(RUNS["scifact_reranker"]["seeds"]) == 3
+    assert reranker["+ dual pooling"]["test"] < reranker["+ reranker's scores"]["test"] < reranker["labels"]["test"]  # missed

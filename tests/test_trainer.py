@@ -20,7 +20,7 @@ from hf_distill import (
 )
 from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
-from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation
+from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, SimilarityLoss
 from hf_distill.runs import claim_output_dir, last_checkpoint
 from hf_distill.teachers import Teacher
 
@@ -535,6 +535,12 @@ def test_what_was_measured_of_other_weights_goes_with_them(make):
     trainer.train(resume_from_checkpoint=True)  # there is nothing left to do
     assert trainer.state.global_step == last == trainer.resumed_at
     assert (folder / "results.json").exists()
+
+
+def test_one_row_a_batch_is_refused_where_rows_are_compared(make):
+    make(per_device_train_batch_size=2, loss=WeightedLoss([HPDLoss(), SimilarityLoss()]))  # one column is enough
+    with pytest.raises(ValueError, match="a batch is one row of"):
+        make(per_device_train_batch_size=1, loss=WeightedLoss([HPDLoss(), SimilarityLoss()]))
 
 
 def test_adapters_on_weights_in_pieces_are_refused(make, monkeypatch):
