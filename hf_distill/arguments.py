@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -109,7 +110,7 @@ class RecipeArguments:
     layers: list[int] | None = field(default=None, metadata={"help": "Layers of it to keep, from 0; all if not given."})
     max_vocabulary: int | None = field(
         default=None,
-        metadata={"help": "Cut the student's WordPiece vocabulary to the most frequent tokens of the text, so many."},
+        metadata={"help": "Cut the student's vocabulary to the most frequent tokens of the text, so many."},
     )
     from_scratch: list[int] | None = field(
         default=None,
@@ -302,15 +303,19 @@ class TranslationArguments(RecipeArguments):
         default=None, metadata={"help": "Test: a table of language, source, english, or a folder in LASER's layout."}
     )
     teacher_prompt: str | None = field(default=None, metadata={"help": "Text before every sentence of the teacher."})
-    anchor: bool = field(
-        default=False, metadata={"help": "The teacher knows English only: both sides learn what it says of the English one."}
+    anchor: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher knows English only: both sides learn what it says of the English one. If not given: so with "
+            "the embedded teacher."
+        },
     )
     shape: str | None = field(
         default=None,
         metadata={"help": "small, base or large: the paper's students, with the backbone's tokenizer."},
     )
-    max_params: int | None = field(
-        default=None, metadata={"help": "In place of a shape: the widest student of 24 layers in a budget of so many weights."}
+    max_params: str | None = field(
+        default=None, metadata={"help": "In place of a shape: the widest thin, deep student of so many weights: 20M, 20000000."}
     )
     coverage: float = field(
         default=0.995, metadata={"help": "Share of the corpus's tokens that a planned student keeps, the mean over languages."}
@@ -321,6 +326,13 @@ class TranslationArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_params is not None:
+            number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMB]?)", str(self.max_params))
+            if not number:
+                raise ValueError(
+                    f"TranslationArguments: max_params is {self.max_params!r}, expected a number of weights: 20M or 20000000."
+                )
+            self.max_params = int(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[number[2]])
         if sum(value is not None for value in (self.shape, self.max_params, self.from_scratch)) > 1:
             raise ValueError(
                 f"TranslationArguments: shape is {self.shape}, max_params {self.max_params}, from_scratch {self.from_scratch}, "

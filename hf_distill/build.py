@@ -2,6 +2,7 @@
 """Students beyond kept layers: thin and deep from scratch, and planned within a budget."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 # LEALLA, Mao et al. 2023, https://huggingface.co/papers/2302.08387: hidden size, layers, heads, FFN size.
 LEALLA_SHAPES = {"small": (128, 24, 8, 512), "base": (192, 24, 12, 768), "large": (256, 24, 8, 1024)}
-_WIDTHS = (384, 320, 256, 192, 160, 128, 96, 64)
+_WIDTHS, _DEPTHS = (384, 320, 256, 192, 160, 128, 96, 64), (24, 12)
 
 
 def from_scratch(
@@ -71,11 +72,17 @@ def start_embeddings(student: StudentModel, name: str) -> float:
     """
     own, shared = student.backbone.get_input_embeddings().weight, AutoTokenizer.from_pretrained(name)
     table = load_safe(AutoModel, name).get_input_embeddings().weight.detach().float()[: len(own)]
-    if shared.get_vocab() != student.tokenizer.get_vocab() or len(table) < len(own) or table.shape[1] < own.shape[1]:
+    if table.shape[1] < own.shape[1]:
         raise ValueError(
-            f"start_embeddings: {name} has {len(shared)} tokens of {table.shape[1]} dimensions, expected the student's "
-            f"{len(student.tokenizer)}, the same ones, and {own.shape[1]} dimensions or more. Rows would be those of other "
-            "tokens. Start before the vocabulary is cut, from the model whose tokenizer it is."
+            f"start_embeddings: {name} has {table.shape[1]} dimensions, the student {own.shape[1]}, expected as many or more. "
+            "There are no main directions to fill the rest with. Take a wider model, or start at random "
+            "(--start_embeddings false)."
+        )
+    if shared.get_vocab() != student.tokenizer.get_vocab() or len(table) < len(own):
+        raise ValueError(
+            f"start_embeddings: {name} has {len(shared)} tokens, expected the student's {len(student.tokenizer)}, the same "
+            "ones. Rows would be those of other tokens. Start before the vocabulary is cut, from the model whose tokenizer "
+            "it is."
         )
     table = table - table.mean(0)
     variances, components = torch.linalg.eigh(table.T @ table)  # ascending
@@ -96,32 +103,36 @@ class Plan:
     parameters: int
 
 
-def plan(max_params: int, vocabulary: int, layers: int = 24, positions: int = 512) -> Plan:
-    """Return the widest thin-deep student within a budget whose vocabulary still holds so many tokens.
+def plan(max_params: int, vocabulary: int, dim: int | None = None, positions: int = 512) -> Plan:
+    """Return the largest student within a budget whose vocabulary still holds so many tokens: of 24 layers, or 12.
 
     Args:
         max_params: The budget, all weights counted.
-        vocabulary: Tokens wanted (`vocabulary_for`); where not even the thinnest student has room for them, as many as fit.
-        layers: Their number.
+        vocabulary: Tokens wanted (`vocabulary_for`); where not even the least student has room for them, as many as fit.
+        dim: Width of the embedding; the student's own if None.
         positions: Longest input in tokens.
 
     Raises:
-        ValueError: If the thinnest student without any token is beyond the budget.
+        ValueError: If the least student without any token is beyond the budget.
     """
-    for width in _WIDTHS:
+    found, rest = [], 0
+    for width, layers in product(_WIDTHS, _DEPTHS):
         ffn = 4 * width
         layer = 4 * (width * width + width) + 2 * width * ffn + ffn + width + 4 * width
-        rest = layers * layer + (positions + 2 + 2) * width + 2 * (width * width + width)  # positions, types, norm; two heads
-        room = (max_params - rest) // width
-        if room >= vocabulary or (width == _WIDTHS[-1] and room > 0):
-            kept = min(room, vocabulary)
-            found = Plan(width, layers, width // (16 if width < 256 else 32), ffn, kept, rest + kept * width)
-            logger.info(
-                f"Plan: {found.parameters / 1e6:.1f}M of {max_params / 1e6:.1f}M parameters: {layers} layers of {width} "
-                f"dimensions ({layers * layer / 1e6:.1f}M), {kept} of {vocabulary} tokens ({kept * width / 1e6:.1f}M)."
-            )
-            return found
-    raise ValueError(
-        f"plan: max_params is {max_params}, expected more than {rest}, which {layers} layers of {width} dimensions take. No "
-        "token would fit beside them. Raise it, or take fewer layers."
+        heads = width * width + width + width * (dim or width) + (dim or width)  # the backbone's pooler and ours
+        rest = layers * layer + (positions + 2 + 2) * width + heads  # positions, types, norm
+        kept = min((max_params - rest) // width, vocabulary)
+        found.append(Plan(width, layers, width // (16 if width < 256 else 32), ffn, kept, rest + kept * width))
+    whole = [one for one in found if one.vocabulary == vocabulary]
+    best = max(whole, key=lambda one: one.parameters) if whole else found[-1]
+    if best.vocabulary < 1:
+        raise ValueError(
+            f"plan: max_params is {max_params}, expected more than {rest}, which {best.layers} layers of {best.hidden_size} "
+            "dimensions take. No token would fit beside them. Raise it."
+        )
+    table = best.vocabulary * best.hidden_size
+    logger.info(
+        f"Plan: {best.parameters / 1e6:.1f}M of {max_params / 1e6:.1f}M parameters: {best.layers} layers of {best.hidden_size} "
+        f"dimensions ({(best.parameters - table) / 1e6:.1f}M), {best.vocabulary} of {vocabulary} tokens ({table / 1e6:.1f}M)."
     )
+    return best

@@ -357,7 +357,8 @@ def find_leaks(dataset: Dataset, columns: list[str], evaluation_texts: Iterable[
     """Return (rows, texts) of a training set that stand in an evaluation set, case, punctuation and white space aside."""
     seen = {normal_form(text) for text in evaluation_texts} - {""}
     rows, texts = [], []
-    for row, values in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+    batches = (zip(*(batch[column] for column in columns), strict=True) for batch in dataset.iter(1000))
+    for row, values in enumerate(chain.from_iterable(batches)):
         leaked = [text for text in values if normal_form(text) in seen]
         if leaked:
             rows.append(row)

@@ -101,12 +101,8 @@ class DistillationTrainer(Trainer):
         given = [part for part in (train_dataset, eval_dataset) if part is not None]
         self.columns = text_columns(_first(given[0]), args.text_columns) if given else []
         self.inherited = _require_columns(self.columns, inherited_columns)
-        if loss.in_batch and self.columns and args.train_batch_size * args.world_size * max(len(self.columns) - 1, 1) < 2:
-            raise ValueError(
-                f"DistillationTrainer: {type(loss).__name__} compares the texts of a batch with each other, and a batch is one "
-                f"row of {self.columns}, expected two or more. There would be nothing to tell a text from. Use a larger "
-                "per_device_train_batch_size."
-            )
+        if self.columns:
+            loss.require_batch(args.train_batch_size * args.world_size, len(self.columns))
         self._digest: str | None = None
         eval_parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         eval_parts = {name: self._prepare(part, student, tokenizer, args) for name, part in eval_parts.items()}

@@ -99,6 +99,9 @@ def prune_vocabulary(
         f"StudentModel: {report.kept} of {report.of} tokens kept, {saved / 1e6:.1f}M parameters saved; they are "
         f"{100 * covered:.2f} % of the corpus, {100 * report.whole_texts:.1f} % of its texts are tokenised as before."
     )
+    worst = [f"{language} {100 * share:.2f} %" for language, share in sorted(named.items(), key=lambda item: item[1])[:10]]
+    if worst:
+        logger.info(f"StudentModel: tokens kept by language, the least first: {', '.join(worst)}.")
     poor = [f"{language} {100 * share:.1f} %" for language, share in sorted(named.items()) if share < min_coverage]
     if poor:
         logger.warning(
@@ -118,14 +121,14 @@ def vocabulary_for(
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = _vocabulary(content)
     keep, parts, ranked = _always(content, vocabulary), _parts(content["model"], vocabulary), _ranked(counts)
-    whole = sum(share for _, share in ranked)
-    covered = sum(share for i, share in ranked if i in keep)
-    for i, share in ranked:
-        if covered >= coverage * whole:
+    shares = dict(ranked)
+    covered, wanted = sum(shares.get(i, 0.0) for i in keep), coverage * sum(shares.values())
+    for i in shares:
+        if covered >= wanted:
             break
-        new = parts(i) - keep
+        new = parts(i) - keep  # of BPE what it is merged from, too, which is used by itself as well
         keep |= new
-        covered += share if i in new else 0.0
+        covered += sum(shares.get(part, 0.0) for part in new)
     return len(keep)
 
 

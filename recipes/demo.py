@@ -58,13 +58,15 @@ def demo_defaults(recipe: str) -> dict[str, Any]:
 
 def fill_in(recipe: Any) -> None:
     """Put the embedded default where no teacher, backbone or text was named; only there is a package needed."""
+    data = next(name for name in ("collection", "pairs", "texts") if hasattr(recipe, name))
+    if data == "pairs":
+        _fill_in_languages(recipe)
     if recipe.teacher is None:
         recipe.teacher, recipe.teacher_name = [teacher_folder()], TEACHER
     if recipe.backbone is None:
         recipe.backbone, recipe.backbone_name = teacher_folder(), TEACHER
         recipe.layers = recipe.layers or [0, 2, 5]
         recipe.license = recipe.license or "apache-2.0"
-    data = next(name for name in ("collection", "pairs", "texts") if hasattr(recipe, name))
     called = {"pairs": PAIRS, "texts": TEXTS, "collection": COLLECTION}[data]
     embedded = EMBEDDED_PAIRS if data == "pairs" else EMBEDDED
     if getattr(recipe, data) is None:
@@ -75,15 +77,33 @@ def fill_in(recipe: Any) -> None:
         if data == "texts" and hasattr(recipe, "explained"):
             recipe.explained = recipe.explained or ["light", "bank", "draw"]
         if data == "pairs":
-            recipe.anchor = True  # the teacher knows modern English only
-            recipe.shape = None if recipe.max_params or recipe.from_scratch else recipe.shape or "small"
             recipe.max_vocabulary = recipe.max_vocabulary or 12_000
     if recipe.texts_name is None:
-        sources = (
-            [recipe.collection] if data == "collection" else [name for name, _ in map(split_source, getattr(recipe, data))]
+        sources = [recipe.collection] if data == "collection" else getattr(recipe, data)
+        recipe.texts_name = " + ".join(called if name == embedded else _shown(name) for name in sources)
+
+
+def _fill_in_languages(recipe: Any) -> None:
+    """Put a student of the paper's where none was named, and say that the embedded teacher knows modern English only."""
+    own = recipe.pairs is not None
+    if own and recipe.teacher is None and recipe.backbone is None:
+        raise ValueError(
+            "lealla: there are --pairs, but no --teacher, expected one that knows their languages, or English at least (with "
+            "--anchor true and a --backbone whose tokenizer knows the others). The embedded default knows neither."
         )
-        names = [Path(name).name if Path(name).exists() else name for name in sources]
-        recipe.texts_name = " + ".join(called if name == embedded else name for name in names)
+    if own and recipe.backbone is None:  # its tokenizer, and its embeddings to start from
+        recipe.backbone, recipe.backbone_name = recipe.teacher[0], recipe.teacher_name
+    if recipe.anchor is None:
+        recipe.anchor = recipe.teacher is None
+    if not (recipe.layers or recipe.max_params or recipe.from_scratch):
+        recipe.shape = recipe.shape or "small"
+
+
+def _shown(name: str) -> str:
+    """Return a source as results and card name it: without this machine's folders."""
+    code, equals, source = split_source(name)[0].rpartition("=")
+    files = source.split(",") if equals else [source]
+    return code + equals + ",".join(Path(file).name if Path(file).exists() else file for file in files)
 
 
 def teacher_folder() -> str:

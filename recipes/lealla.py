@@ -18,6 +18,10 @@ from hf_distill.trainer import DistillationTrainer
 class LEALLAArguments(TranslationArguments):
     """What is LEALLA's own."""
 
+    dims: list[int] = field(
+        default_factory=list,
+        metadata={"help": "First dimensions of an embedding to score as well; they are not trained for it."},
+    )
     dim: int | None = field(default=None, metadata={"help": "Dimensions of the embedding; the student's width if not given."})
     pooling: str = field(default="cls", metadata={"help": "Of the student: cls (paper), mean or last."})
     activation: str = field(default="tanh", metadata={"help": "Behind the projection: tanh (paper) or identity."})
@@ -50,17 +54,13 @@ class LEALLAArguments(TranslationArguments):
 def main(argv: list[str] | None = None) -> None:
     """Cache the teacher, train the student on translations, find them again."""
     recipe, args, report = begin("lealla", AdditiveMarginSoftmax.paper, LEALLAArguments, argv)
+    recipe.loss().require_batch(args.train_batch_size * args.world_size, 2)
     data = open_translations(recipe)
-    if args.train_batch_size * args.world_size < 2:
-        raise ValueError("lealla: a batch of one pair has no other translation to tell it from. Use larger batches.")
-    languages = ["english"] * len(data.train) + list(data.train["language"])
-    corpus = [*data.train["english"], *data.train["translation"]]
-
     teacher = open_teacher(recipe, recipe.teacher_prompt)
-    shape_student(recipe, corpus, languages)
+    shape_student(recipe, data)
     width = recipe.dim or (recipe.from_scratch[0] if recipe.from_scratch else teacher.dim)
     options = {"projection_dim": width, "pooling": recipe.pooling, "activation": recipe.activation}
-    student = open_student(recipe, corpus, languages, **options)
+    student = open_student(recipe, data.corpus, data.languages, **options)
     size = student.num_parameters()  # the training-only head comes on top, and goes
     if recipe.feature_weight:
         student.add_training_head(teacher.dim)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) or args.resume_from_checkpoint)
     trainer.save_model()
     with report.timed("evaluation"):
-        report.add("student", student.encode, size, width, prefixes=False)
+        report.add("student", student.encode, size, width)
     print(report.finish(trainer, recipe, data.facts))
     trainer.end()
 

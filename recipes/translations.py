@@ -2,105 +2,119 @@
 """What a recipe on translations is given: pairs by language, dev pairs held out of them, Tatoeba's test."""
 
 import random
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value, concatenate_datasets
 from demo import EMBEDDED_PAIRS, bible_pairs
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_distill.build import LEALLA_SHAPES, plan
 from hf_distill.data import find_leaks, load_texts, mix_languages, normal_form, require_texts, split_source, text_columns
-from hf_distill.evaluation.bitext import BitextEvaluator, load_bitext
+from hf_distill.evaluation.bitext import BitextEvaluator, Pairs, load_bitext
 from hf_distill.vocabulary import vocabulary_for
 
 
 logger = logging.get_logger("hf_distill.translations")
+_SIDES = Features({"english": Value("string"), "translation": Value("string")})
 
 
 @dataclass
 class Translations:
     """Pairs to train on (english, translation, language), and evaluators of pairs held out and of the test.
 
-    evaluators: dev and, with `--tatoeba`, the test; averages over the trained languages and the others. facts: What
-    results.json says.
+    corpus: Every distinct English sentence, then every translation, trained on or not: what a vocabulary is counted on.
+    languages: The language of each. evaluators: dev and, with `--tatoeba`, the test; averages over the trained languages,
+    those with few pairs and with many, and the others. facts: What results.json says.
     """
 
     train: Dataset
+    corpus: list[str]
+    languages: list[str]
     evaluators: list[BitextEvaluator]
     facts: dict[str, Any]
 
 
 def open_translations(recipe: Any) -> Translations:
-    """Return what `--pairs` names, without what `--tatoeba` holds, small languages repeated by `--language_temperature`."""
-    (everything, test), seed = open_pairs(recipe), recipe.split_seed
-    if recipe.tatoeba:
-        test = load_bitext(recipe.tatoeba)
-    seen = {text for first, second in test.values() for text in first + second}
-    held = _held_out(everything, recipe.held_out, seed)
-    parts, dev, leaked, identical = {}, {}, 0, 0
-    for code, dataset in everything.items():
-        columns = dataset.column_names
-        require_texts(dataset, columns)
-        rows, texts = find_leaks(dataset, columns, seen)
-        leaks, leaked = set(rows), leaked + len(texts)
-        english, translation = (dataset[column] for column in columns)
-        same = {i for i, pair in enumerate(zip(english, translation, strict=True)) if pair[0].strip() == pair[1].strip()}
-        if len(same) == len(dataset):
+    """Return what `--pairs` names, without what `--tatoeba` holds, small languages repeated by `--language_temperature`.
+
+    Raises:
+        ValueError: If a text is empty, all pairs of a language have identical sides, or none is left to train on.
+    """
+    (pairs, test), seed = open_pairs(recipe), recipe.split_seed
+    test = load_bitext(recipe.tatoeba) if recipe.tatoeba else test
+    whole = concatenate_datasets([part.add_column("language", [code] * len(part)) for code, part in pairs.items()])
+    require_texts(whole, list(_SIDES))
+    leaked, found = find_leaks(whole, list(_SIDES), chain.from_iterable(chain.from_iterable(test.values())))
+    english, translation, language = (whole[:][column] for column in (*_SIDES, "language"))
+    same = {i for i, (first, second) in enumerate(zip(english, translation, strict=True)) if first.strip() == second.strip()}
+    rows: dict[str, list[int]] = {code: [] for code in pairs}
+    for i in sorted(set(range(len(whole))).difference(leaked, same)):
+        rows[language[i]].append(i)
+    for code, part in pairs.items():
+        if sum(language[i] == code for i in same) == len(part):
             raise ValueError(
-                f"lealla: all {len(same)} pairs of {code} have two identical sides, expected translations. The student would "
+                f"lealla: all {len(part)} pairs of {code} have two identical sides, expected translations. The student would "
                 "learn to find a sentence by itself. Check the columns that --pairs names."
             )
-        identical += len(same)
-        kept = [i for i in range(len(dataset)) if i not in leaks and i not in same]
-        keys = {i: normal_form(english[i]) in held for i in kept}
-        train, apart = ([i for i in kept if keys[i] == side] for side in (False, True))
-        apart = apart[: recipe.held_out]
+    held = _held_out({code: [english[i] for i in places] for code, places in rows.items()}, recipe.held_out, seed)
+    parts, dev = {}, {}
+    for code, places in rows.items():
+        apart = [i for i in places if normal_form(english[i]) in held]
+        # A sentence that stands there twice would have two right answers, of which one counts.
+        firsts = {normal_form(translation[i]): i for i in reversed(apart)}.values()
+        firsts = {normal_form(english[i]): i for i in sorted(firsts, reverse=True)}.values()
+        apart = sorted(firsts)[: recipe.held_out]
         dev[code] = ([translation[i] for i in apart], [english[i] for i in apart])
+        train = [i for i in places if normal_form(english[i]) not in held]
         if recipe.max_pairs and len(train) > recipe.max_pairs:
             train = sorted(random.Random(seed).sample(train, recipe.max_pairs))
-        parts[code] = dataset.select(train).rename_columns(dict(zip(columns, ("english", "translation"), strict=True)))
+        parts[code] = whole.select(train).select_columns(list(_SIDES))
     empty = sorted(code for code, part in parts.items() if not len(part))
     if empty:
         raise ValueError(f"lealla: no pair of {empty} is left to train on, expected some. Lower --held_out, or leave them out.")
-    if identical or leaked:
-        logger.info(f"Pairs: {leaked} sentences of the test and {identical} pairs of identical sides are left out.")
+    if same or leaked:
+        logger.info(f"Pairs: {len(leaked)} with a sentence of the test and {len(same)} of identical sides are left out.")
     mixed = mix_languages(parts, recipe.language_temperature, seed)
-    facts = {"name": str(recipe.texts_name), "rows": len(mixed), "columns": ["english", "translation"], "leaked": leaked}
-    facts |= {"held_out": sum(len(first) for first, _ in dev.values()), "identical": identical}
-    facts |= {"languages": {code: len(part) for code, part in parts.items()}}
-    facts |= {"sha256": require_texts(mixed, ["english", "translation"])}
+    facts = {"name": str(recipe.texts_name), "rows": len(mixed), "columns": list(_SIDES), "leaked": len(found)}
+    facts |= {"held_out": sum(len(first) for first, _ in dev.values()), "identical": len(same)}
+    facts |= {"languages": {code: len(part) for code, part in parts.items()}, "sha256": require_texts(mixed, list(_SIDES))}
+    kept = sorted(chain.from_iterable(rows.values()))
+    corpus = list(dict.fromkeys(english[i] for i in kept))
+    languages = ["english"] * len(corpus) + [language[i] for i in kept]
     dev = {code: sides for code, sides in dev.items() if sides[0]}
-    evaluators = [BitextEvaluator(dev, name="dev")] if dev else []
+    evaluators = [BitextEvaluator(dev, dims=recipe.dims, name="dev")] if dev else []
     if test:
-        trained = sorted(parts.keys() & test.keys())
-        groups = {"trained": trained, "other": sorted(test.keys() - parts.keys())}
-        groups = {name: codes for name, codes in groups.items() if codes}
-        evaluators.append(BitextEvaluator(test, groups, recipe.dims, "tatoeba" if recipe.tatoeba else "test"))
-    return Translations(mixed, evaluators, facts)
+        called = "tatoeba" if recipe.tatoeba else "test"
+        evaluators.append(BitextEvaluator(test, _groups(facts["languages"], test), recipe.dims, called))
+    return Translations(mixed, corpus + [translation[i] for i in kept], languages, evaluators, facts)
 
 
-def shape_student(recipe: Any, corpus: list[str], languages: list[str]) -> None:
+def shape_student(recipe: Any, data: Translations) -> None:
     """Make `--shape`, or what fits in `--max_params` with the backbone's vocabulary, the student's `--from_scratch`."""
     if recipe.max_params:
         tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)  # the student's, too
-        found = plan(recipe.max_params, vocabulary_for(tokenizer, corpus, languages, recipe.coverage))
+        wanted = vocabulary_for(tokenizer, data.corpus, data.languages, recipe.coverage)
+        found = plan(recipe.max_params, wanted, recipe.dim)
         recipe.from_scratch = [found.hidden_size, found.layers, found.heads, found.intermediate_size]
         recipe.max_vocabulary = found.vocabulary
     elif recipe.shape:
         recipe.from_scratch = list(LEALLA_SHAPES[recipe.shape])
 
 
-def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, tuple[list[str], list[str]]]]:
-    """Return (language -> data set of an English and a translated column; the embedded default's test pairs).
+def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, Pairs]]:
+    """Return (language -> its pairs, english and translation, of all corpora; the embedded default's test pairs).
 
     Raises:
-        ValueError: If `--languages` names one that is not there, or two files are of unequal length.
+        ValueError: If `--languages` names one that is not there, a file holds no pairs, or two files are of unequal length.
     """
-    test: dict[str, Any] = {}
-    found: dict[str, Dataset] = {}
+    test: dict[str, Pairs] = {}
+    corpora: dict[str, list[Dataset]] = {}
     for name in recipe.pairs:
         code, _, source = name.rpartition("=")
         if name == EMBEDDED_PAIRS:
@@ -108,29 +122,27 @@ def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, tuple[list[st
         elif code and "," in source and all(Path(part).is_file() for part in source.split(",")):
             more = {code: _aligned(code, *source.split(","))}
         elif code:
-            more = {code: _two_columns(*split_source(source))}
+            more = {code: _table(*split_source(source))}
         elif Path(source).is_dir():
             files = sorted(path for path in Path(source).iterdir() if path.name.startswith("eng-"))
-            more = {path.name.removeprefix("eng-").split(".")[0]: _two_columns(str(path), None) for path in files}
+            more = {path.name.removeprefix("eng-").split(".")[0]: _table(str(path)) for path in files}
         else:
             more = _by_language(*split_source(source))
-        found |= more
-    unknown = sorted(set(recipe.languages or ()) - found.keys())
-    if unknown or not found:
+        for code, part in more.items():
+            corpora.setdefault(code, []).append(part)
+    unknown = sorted(set(recipe.languages or ()) - corpora.keys())
+    if unknown or not corpora:
         raise ValueError(
-            f"lealla: --pairs {recipe.pairs} have {sorted(found)}, but not {unknown}, expected codes of languages that are "
+            f"lealla: --pairs {recipe.pairs} have {sorted(corpora)}, but not {unknown}, expected codes of languages that are "
             "there. The averages would be over other languages than asked for."
         )
-    return {code: found[code] for code in recipe.languages or found}, test
+    return {code: concatenate_datasets(corpora[code]) for code in recipe.languages or corpora}, test
 
 
-def _two_columns(source: str, columns: list[str] | None) -> Dataset:
+def _table(source: str, columns: list[str] | None = None) -> Dataset:
+    """Return the pairs of a file or Hub data set, org/data@configuration."""
     name, _, subset = (source, "", "") if Path(source).exists() else source.partition("@")
-    dataset = load_texts(name, subset or None)
-    columns = columns or text_columns(dataset)[:2]
-    if len(columns) != 2:
-        raise ValueError(f"lealla: {source} has the text columns {columns}, expected two: English and its translation.")
-    return dataset.select_columns(text_columns(dataset, columns))
+    return _sides(load_texts(name, subset or None), columns, source)
 
 
 def _by_language(source: str, columns: list[str] | None) -> dict[str, Dataset]:
@@ -140,30 +152,66 @@ def _by_language(source: str, columns: list[str] | None) -> dict[str, Dataset]:
             f"lealla: {source} has {dataset.column_names}, expected a column `language`, or a code before it: deu={source}."
         )
     rows: dict[str, list[int]] = {}
-    for row, code in enumerate(dataset["language"]):
+    for row, code in enumerate(dataset[:]["language"]):
         rows.setdefault(code, []).append(row)
-    columns = columns or [name for name in text_columns(dataset) if name != "language"][:2]
-    return {code: dataset.select(places).select_columns(columns) for code, places in rows.items()}
+    pairs = _sides(dataset, columns, source)
+    return {code: pairs.select(places) for code, places in rows.items()}
+
+
+def _sides(dataset: Dataset, columns: list[str] | None, source: str) -> Dataset:
+    """Return two columns of a table as english and translation: those named; or the one called so and the first other one."""
+    names = columns or text_columns(dataset)
+    if not columns and len(names) > 1:
+        first = next((name for name in names if name.casefold() in ("english", "eng", "en")), names[0])
+        names = [first, next(name for name in names if name != first)]
+    if len(names) != 2:
+        raise ValueError(
+            f"lealla: {source} has the text columns {names}, expected two: English and its translation. What belongs together "
+            f"is unknown. Name them: {source}:english,german."
+        )
+    pairs = dataset.select_columns(text_columns(dataset, names))
+    return pairs.rename_columns(dict(zip(names, _SIDES, strict=True))).cast(_SIDES)
 
 
 def _aligned(code: str, english: str, translation: str) -> Dataset:
-    """Return two plain files, a sentence a line, as OPUS gives them."""
-    sides = [Path(name).read_text(encoding="utf-8").rstrip("\n").split("\n") for name in (english, translation)]
+    """Return two plain files, a sentence a line, as OPUS gives them; lines that are empty on a side are left out."""
+    sides = [Path(name).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") for name in (english, translation)]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
             f"lealla: {english} has {len(sides[0])} lines and {translation} {len(sides[1])}, expected as many. From the first "
             f"missing one on, {code} would be aligned with other sentences."
         )
     rows = [pair for pair in zip(*sides, strict=True) if all(map(str.strip, pair))]
-    return Dataset.from_dict({"english": [a for a, _ in rows], "translation": [b for _, b in rows]})
+    return Dataset.from_dict({"english": [a for a, _ in rows], "translation": [b for _, b in rows]}, _SIDES)
 
 
-def _held_out(everything: dict[str, Dataset], count: int, seed: int) -> set[str]:
+def _held_out(english: Mapping[str, list[str]], count: int, seed: int) -> set[str]:
     """Return English sentences, in normal form, that no language trains on: `count` a language, at most a tenth of its own."""
     held: set[str] = set()
-    for code in sorted(everything):
-        english = sorted({normal_form(text) for text in everything[code][everything[code].column_names[0]]})
-        wanted = min(count, len(english) // 10) - len(held.intersection(english))
-        rest = [text for text in english if text not in held]
+    for code in sorted(english):
+        distinct = sorted(set(map(normal_form, english[code])))
+        wanted = min(count, len(distinct) // 10) - len(held.intersection(distinct))
+        rest = [text for text in distinct if text not in held]
         held |= set(random.Random(f"{seed} {code}").sample(rest, max(wanted, 0)))
     return held
+
+
+def _groups(trained: Mapping[str, int], test: Mapping[str, Pairs]) -> dict[str, list[str]]:
+    """Return the test's languages that are averaged: trained, of these the ones below the median of pairs, and others.
+
+    Raises:
+        ValueError: If no trained language is in the test.
+    """
+    known, missing = sorted(trained.keys() & test.keys()), sorted(trained.keys() - test.keys())
+    if not known:
+        raise ValueError(
+            f"lealla: --pairs has {missing}, the test {sorted(test)}, expected a language in both. The codes may be of another "
+            "kind (de, deu), and the test would say nothing of what was trained. Name pairs with the test's: deu=file."
+        )
+    if missing:
+        logger.warning(f"lealla: the test has no {', '.join(missing)}; what is learned there is not measured. Is it the code?")
+    median = statistics.median(trained[code] for code in known)
+    groups = {"trained": known, "few_pairs": [code for code in known if trained[code] < median]}
+    groups["many_pairs"] = [code for code in known if trained[code] >= median] if groups["few_pairs"] else []
+    groups["other"] = sorted(test.keys() - trained.keys())
+    return {name: codes for name, codes in groups.items() if codes}

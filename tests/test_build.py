@@ -38,7 +38,7 @@ def test_lealla_shapes_have_the_papers_sizes_with_labses_vocabulary(name, millio
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_a_plan_is_the_widest_that_holds_the_vocabulary(backbone_folder):
+def test_a_plan_is_the_largest_that_holds_the_vocabulary(backbone_folder):
     words = len(StudentModel.from_backbone(backbone_folder).tokenizer)
     for budget in (2_000_000, 5_000_000, 9_000_000):
         found = plan(budget, words)
@@ -49,15 +49,19 @@ def test_a_plan_is_the_widest_that_holds_the_vocabulary(backbone_folder):
         assert student.num_parameters() == found.parameters <= budget
         assert found.vocabulary == words
     widths = [plan(budget, words).hidden_size for budget in (2_000_000, 5_000_000, 9_000_000)]
-    assert widths == [64, 128, 160]
+    assert widths == [96, 128, 160]
     assert plan(20_000_000, 118_000).hidden_size == 128
-    assert plan(20_000_000, 125_000).hidden_size == 96
+    assert [plan(budget, words).layers for budget in (2_000_000, 5_000_000, 9_000_000)] == [12, 24, 24]
+    assert (plan(20_000_000, 118_000).layers, plan(20_000_000, 125_000).layers) == (24, 12)
+    assert plan(20_000_000, 125_000).hidden_size == 128
+    assert plan(20_000_000, 145_000).hidden_size == 96
+    assert plan(20_000_000, 110_000, dim=384).parameters - plan(20_000_000, 110_000).parameters == 256 * 128 + 256
     cut = plan(2_000_000, 125_000)
-    assert (cut.hidden_size, cut.layers) == (64, 24)
-    assert cut.vocabulary < 20_000
+    assert (cut.hidden_size, cut.layers) == (64, 12)
+    assert cut.vocabulary == 21_232
     assert 1_999_936 < cut.parameters <= 2_000_000
     with pytest.raises(ValueError, match="No token would fit"):
-        plan(1_000_000, 1)
+        plan(500_000, 1)
 
 
 def test_embeddings_start_from_the_main_directions_of_another_table(backbone_folder):
@@ -72,5 +76,5 @@ def test_embeddings_start_from_the_main_directions_of_another_table(backbone_fol
     ours, theirs = pdist(own), pdist(torch.as_tensor(u[:, :8] * s[:8]))
     assert (ours / theirs).std() < 1e-3 * (ours / theirs).mean()
     wide = from_scratch(backbone_folder, 32, 1, 2, 16)
-    with pytest.raises(ValueError, match="32 dimensions or more"):
+    with pytest.raises(ValueError, match="has 16 dimensions, the student 32"):
         start_embeddings(wide, backbone_folder)

@@ -2,14 +2,17 @@
 
 import importlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from conftest import WORDS, make_texts
 from datasets import Dataset
+from transformers import AutoModel, BertConfig, BertTokenizer
 
 from hf_distill import StudentModel
-from hf_distill.data import mix_languages
+from hf_distill.arguments import parse_arguments
+from hf_distill.data import mix_languages, normal_form
 from hf_distill.layout import check_layout
 
 
@@ -87,28 +90,94 @@ def test_parts_without_weight_are_not_there(run, folder):
     assert "Translations found" in (folder / "out" / "README.md").read_text()
 
 
-def test_what_stands_in_the_test_and_what_is_its_own_translation_is_left_out(run, folder):
-    path = folder / "pairs" / "eng-aaa.tsv"
-    path.write_text(path.read_text() + "the cat\tthe cat\n" + f"a dog sat\t{make_texts(400)[-1].upper()}!\n")
-    results = run("--tatoeba", str(folder / "tatoeba.tsv"), "--num_train_epochs", "1")
-    assert (results["data"]["leaked"], results["data"]["identical"]) == (1, 1)
-    before, added = 276, results["data"]["languages"]["aaa"]
-    assert abs(added - before) <= 4  # neither row is there; others are held out
-
-
-def test_held_out_english_is_in_no_language(run, folder, monkeypatch):
+@pytest.fixture
+def opened(monkeypatch, backbone_folder):
+    """Return a function: flags -> what the recipe is given of its data."""
     monkeypatch.syspath_prepend(str(RECIPES))
-    module = importlib.import_module("translations")
-    english = make_texts(50)
-    parts = {
-        code: Dataset.from_dict({"english": english[:count], "translation": [translate(text, 3) for text in english[:count]]})
-        for code, count in (("aaa", 50), ("bbb", 40), ("ccc", 3))
-    }
-    held = module._held_out(parts, 4, 1)
-    assert len(held) >= 4
-    assert held == module._held_out(parts, 4, 1) != module._held_out(parts, 4, 2)
-    for code, count in (("aaa", 4), ("bbb", 4), ("ccc", 0)):
-        assert sum(module.normal_form(text) in held for text in parts[code]["english"]) >= count
+
+    def start(*flags):
+        arguments = importlib.import_module("lealla").LEALLAArguments
+        recipe = parse_arguments(arguments, argv=["--teacher", "t", "--backbone", backbone_folder, *map(str, flags)])[0]
+        return importlib.import_module("translations").open_translations(recipe)
+
+    return start
+
+
+def write(path, rows):
+    path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_stands_in_the_test_and_what_is_its_own_translation_is_left_out(opened, folder):
+    path, tested = folder / "pairs" / "eng-aaa.tsv", make_texts(400)[-1]
+    leaks = [(tested.upper() + "!", "an other"), ("a dog sat", translate(tested, 3).title())]
+    path.write_text(path.read_text() + "the cat\tthe cat\n" + "".join("\t".join(leak) + "\n" for leak in leaks))
+    data = opened("--pairs", folder / "pairs", "--tatoeba", folder / "tatoeba.tsv", "--held_out", 20)
+    assert (data.facts["leaked"], data.facts["identical"]) == (2, 1)
+    everywhere = [*data.corpus, *data.train["english"], *data.train["translation"], *data.evaluators[0].texts()]
+    assert not {text for leak in leaks for text in leak}.intersection(everywhere)
+    assert "the cat" not in everywhere
+    kept = opened("--pairs", folder / "pairs", "--held_out", 20)
+    assert leaks[0][1] in kept.corpus  # it would have been there
+
+
+def test_held_out_english_is_trained_on_in_no_language_and_stands_in_dev_once(opened, folder):
+    english = make_texts(60)
+    twice = [*((text, translate(text, 3)) for text in english), *((text.upper(), translate(text, 4)) for text in english)]
+    twice += [(text, translate(english[0], 3)) for text in english[1:20]]  # one translation of many
+    names = [("english", "translation")]
+    (folder / "own").mkdir()
+    write(folder / "own" / "eng-aaa.tsv", names + twice)
+    write(folder / "own" / "eng-bbb.tsv", names + [(text, translate(text, 7)) for text in english[:40]])
+    data = opened("--pairs", folder / "own", "--held_out", 10)
+    (dev,) = data.evaluators
+    assert {code: len(sides[1]) for code, sides in dev.pairs.items()}.keys() == {"aaa", "bbb"}
+    held = {normal_form(text) for _, there in dev.pairs.values() for text in there}
+    assert len(held) >= 6
+    assert not held & {normal_form(text) for text in data.train["english"]}
+    assert {normal_form(text) for text in english} - held == {normal_form(text) for text in data.train["english"]}
+    for there, sides in dev.pairs.values():
+        for side in (there, sides):
+            assert len(set(map(normal_form, side))) == len(side)
+    assert data.facts["languages"]["aaa"] > len(english)  # trained on both ways of saying it
+    assert opened("--pairs", folder / "own", "--held_out", 10).evaluators[0].pairs == dev.pairs
+    assert opened("--pairs", folder / "own", "--held_out", 10, "--split_seed", 7).evaluators[0].pairs != dev.pairs
+
+
+def test_several_corpora_of_a_language_are_joined_and_sides_are_found_by_name(opened, folder):
+    english = make_texts(60, seed=4)
+    there = [translate(text, 5) for text in english]
+    write(
+        folder / "one.tsv", [("english", "translation", "corpus"), *((a, b, "x") for a, b in zip(english, there, strict=True))]
+    )
+    swapped = zip(there[:30], english[:30], strict=True)
+    write(folder / "two.tsv", [("source", "English"), *((a.title(), b.title()) for a, b in swapped)])
+    data = opened("--pairs", f"xxx={folder / 'one.tsv'}", f"xxx={folder / 'two.tsv'}", "--held_out", 0)
+    assert data.facts["languages"] == {"xxx": 90}
+    assert list(data.train["english"]) == english + [text.title() for text in english[:30]]
+    assert list(data.train["translation"])[60:] == [text.title() for text in there[:30]]
+    assert data.evaluators == []
+    named = opened("--pairs", f"xxx={folder / 'two.tsv'}:source,English", "--held_out", 0)
+    assert named.train["english"][0] == there[0].title()  # English is what is named first
+    assert data.corpus[:60] == english
+    assert data.languages == ["english"] * 90 + ["xxx"] * 90
+
+
+def test_languages_are_grouped_by_their_pairs_and_codes_that_the_test_lacks_are_named(opened, folder, caplog):
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        data = opened("--pairs", folder / "pairs", "--tatoeba", folder / "tatoeba.tsv", "--max_pairs", 150)
+    assert not caplog.text
+    assert data.facts["languages"] == {"aaa": 150, "bbb": 105}
+    groups = {"trained": ["aaa", "bbb"], "few_pairs": ["bbb"], "many_pairs": ["aaa"], "other": ["ccc"]}
+    assert data.evaluators[-1].groups == groups
+    assert len(data.corpus) == len(data.languages) == 300 + 300 + 120  # a vocabulary is counted on all there are
+    (folder / "pairs" / "eng-bbb.tsv").rename(folder / "pairs" / "eng-zzz.tsv")
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        data = opened("--pairs", folder / "pairs", "--tatoeba", folder / "tatoeba.tsv")
+    assert data.evaluators[-1].groups == {"trained": ["aaa"], "other": ["bbb", "ccc"]}
+    assert "the test has no zzz" in caplog.text
+    with pytest.raises(ValueError, match=r"--pairs has \['zzz'\], the test \['aaa', 'bbb', 'ccc'\]"):
+        opened("--pairs", folder / "pairs", "--tatoeba", folder / "tatoeba.tsv", "--languages", "zzz")
 
 
 @pytest.mark.parametrize("kind", ["two files", "table", "one file"])
@@ -141,7 +210,10 @@ def test_wrong_pairs_are_refused_before_any_work(run, folder, tmp_path):
             (["--pairs", f"xxx={folder / 'same.tsv'}"], "all 30 pairs of xxx have two identical sides"),
             (["--languages", "aaa", "deu"], r"but not \['deu'\], expected codes"),
             (["--pairs", str(folder / "same.tsv")], "expected a column `language`, or a code before it"),
-            (["--per_device_train_batch_size", "1"], "a batch of one pair has no other translation"),
+            (["--pairs", f"xxx={folder / 'same.tsv'}:english"], r"has the text columns \['english'\], expected two"),
+            (["--max_params", "20 M"], "max_params is '20 M', expected a number of weights"),
+            (["--logit_weight", "-1"], r"weights {'logit': -1.0} are negative"),
+            (["--per_device_train_batch_size", "1"], "a batch is 1 row of 2 texts"),
             (["--shape", "small"], "expected one of them. They name different students"),
             (["--language_temperature", "0.5"], "temperature is 0.5"),
         )
@@ -149,6 +221,60 @@ def test_wrong_pairs_are_refused_before_any_work(run, folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(*flags, output=f"refused-{number}")
     assert not (folder / "caches").exists()
+
+
+@pytest.fixture
+def words_folder(tmp_path):
+    """Return the folder of a tiny encoder with a WordPiece tokenizer of the tests' words, 160 dimensions wide."""
+    letters = sorted(set("".join(WORDS)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    BertTokenizer(vocabulary).save_pretrained(tmp_path / "words")
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=160, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def test_a_student_is_planned_in_a_budget(opened, monkeypatch, folder, words_folder, teacher_folder, caplog):
+    main = importlib.import_module("lealla").main
+    flags = f"--pairs {folder / 'pairs'} --teacher {teacher_folder} --backbone {words_folder} --max_params 1.5M --max_steps 1"
+    flags += f" --use_cpu true --bf16 false --disable_tqdm true --held_out 0 --cache_dir {folder / 'caches'} --max_length 30"
+    with caplog.at_level(logging.INFO, "hf_distill"):
+        main([*flags.split(), "--output_dir", str(folder / "planned"), "--per_device_train_batch_size", "4"])
+    student = StudentModel.from_pretrained(folder / "planned")
+    assert student.num_parameters() <= 1_500_000
+    assert (student.dim, len(student.settings["layers"])) == (96, 12)
+    assert student.settings["vocabulary"]["languages"].keys() == {"english", "aaa", "bbb"}
+    assert "tokens kept by language, the least first: " in caplog.text
+    results = json.loads((folder / "planned" / "results.json").read_text())
+    assert results["data"]["name"] == "pairs"
+
+
+def test_own_pairs_make_the_papers_student_with_the_teachers_tokenizer(opened, monkeypatch, folder):
+    demo = importlib.import_module("demo")
+    arguments = importlib.import_module("lealla").LEALLAArguments
+
+    def filled(*flags):
+        recipe = parse_arguments(arguments, argv=list(flags))[0]
+        demo.fill_in(recipe)
+        return recipe
+
+    (folder / "de").mkdir()
+    file = write(folder / "de" / "mine.tsv", [("english", "german"), ("a", "b")])
+    own = filled("--pairs", f"deu={file}:english,german", f"fra={file},{file}", "org/data@en-it", "--teacher", "my/teacher")
+    assert (own.backbone, own.shape, own.anchor, own.layers) == ("my/teacher", "small", False, None)
+    assert own.texts_name == "deu=mine.tsv + fra=mine.tsv,mine.tsv + org/data@en-it"
+    assert filled("--pairs", "a/b", "--teacher", "t", "--layers", "0", "--backbone", "b").shape is None
+    assert filled("--pairs", "a/b", "--teacher", "t", "--anchor", "true").anchor is True
+    with pytest.raises(ValueError, match="there are --pairs, but no --teacher"):
+        filled("--pairs", "a/b")
+    assert filled("--pairs", "a/b", "--backbone", "b").anchor is True  # the embedded teacher knows English
+    default = filled()
+    assert (default.shape, default.anchor, default.max_vocabulary) == ("small", True, 12_000)
+    assert filled("--anchor", "false").anchor is False
+    assert filled("--from_scratch", "8", "2", "2", "16").shape is None
 
 
 def test_small_languages_are_repeated_by_the_temperature():

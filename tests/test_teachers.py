@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_backbone, make_texts
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 from hf_distill import EncoderTeacher, JointTeacher, PCAProjection, StudentModel, Teacher, TeacherCache
@@ -71,6 +72,32 @@ def test_own_pooler_of_a_plain_model(backbone_folder, tmp_path):
     EncoderTeacher(tmp_path, pooling="cls")
     with pytest.raises(ValueError, match=r"missing 2 weights \(pooler.dense"):
         EncoderTeacher(tmp_path, pooling="pooler")
+
+
+def test_labse_as_its_repository_holds_it_and_lealla_as_its_port_does(tmp_path):
+    """Of both, [CLS], a Dense with tanh and unit length: in modules of its own, or as BERT's own pooler."""
+    plain = make_backbone(tmp_path / "lealla")
+    folder = shutil.copytree(plain, tmp_path / "labse")
+    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize"))
+    rows = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(rows))
+    change(folder, "sentence_bert_config.json", max_seq_length=30, do_lower_case=False)
+    flags = {f"pooling_mode_{name}": name == "cls_token" for name in ("cls_token", "mean_tokens", "max_tokens")}
+    change(folder, "1_Pooling/config.json", word_embedding_dimension=16, **flags)
+    tanh = "torch.nn.modules.activation.Tanh"
+    change(folder, "2_Dense/config.json", in_features=16, out_features=16, bias=True, activation_function=tanh)
+    pooler = AutoModel.from_pretrained(plain).pooler.dense
+    weights = {f"linear.{name}": value.detach() for name, value in pooler.named_parameters()}
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+    model, tokenizer = AutoModel.from_pretrained(plain).eval(), AutoTokenizer.from_pretrained(plain)
+    states = model(**tokenizer(["a quick fox"], return_tensors="pt")).last_hidden_state
+    expected = torch.nn.functional.normalize(torch.tanh(states[:, 0] @ pooler.weight.T + pooler.bias), dim=-1)
+    for teacher in (EncoderTeacher(folder, dtype="float32"), EncoderTeacher(plain, pooling="pooler", dtype="float32")):
+        assert torch.allclose(teacher.encode(["a quick fox"]), expected, atol=1e-6)
+    assert teacher.encode(["a quick fox"]).norm().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_plain_model_without_pooling_is_refused(backbone_folder):

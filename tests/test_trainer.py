@@ -539,7 +539,7 @@ def test_what_was_measured_of_other_weights_goes_with_them(make):
 
 def test_one_row_a_batch_is_refused_where_rows_are_compared(make):
     make(per_device_train_batch_size=2, loss=WeightedLoss([HPDLoss(), SimilarityLoss()]))  # one column is enough
-    with pytest.raises(ValueError, match="a batch is one row of"):
+    with pytest.raises(ValueError, match="a batch is 1 row of"):
         make(per_device_train_batch_size=1, loss=WeightedLoss([HPDLoss(), SimilarityLoss()]))
 
 

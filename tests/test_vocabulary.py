@@ -179,5 +179,7 @@ def test_so_many_tokens_cover_what_is_asked_for_and_fewer_do_not(subwords, cover
     report = prune_vocabulary(copy.deepcopy(subwords), texts, number)
     assert report.coverage >= coverage
     assert report.kept == number
-    if coverage > 0.5:
-        assert prune_vocabulary(subwords, texts, number - 5).coverage < report.coverage
+    always = prune_vocabulary(copy.deepcopy(subwords), []).kept
+    room = number - (1 if type(whole.backend_tokenizer.model).__name__ == "Unigram" else 3)  # the last one, with its parts
+    if room >= always:
+        assert prune_vocabulary(subwords, texts, room).coverage < coverage

@@ -47,6 +47,19 @@ class DistillationLoss(ABC):
         """Return its name and settings, as plain JSON."""
         return {"name": type(self).__name__, **vars(self)}
 
+    def require_batch(self, rows: int, columns: int) -> None:
+        """Check that a batch, of all processes, has something to tell a text from.
+
+        Raises:
+            ValueError: If the loss compares rows and there is one, of one text or of a pair. Nothing would be learned.
+        """
+        if self.in_batch and rows * max(columns - 1, 1) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: it compares the texts of a batch with each other, and a batch is {rows} row of "
+                f"{columns} texts, expected two rows or more. There would be nothing to tell a text from. Use a larger "
+                "per_device_train_batch_size."
+            )
+
     def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the named parts for a student's outputs; what a loss needs of the batch, it takes here.
 
@@ -92,7 +105,8 @@ class WeightedLoss(DistillationLoss):
         weights: Part -> weight; 1 for a part that is not named.
 
     Raises:
-        ValueError: If a weight is for a part that no loss has (it would have no effect), or two parts have one name.
+        ValueError: If a weight is for a part that no loss has (it would have no effect) or negative (the student would be led
+            away from the teacher), or two parts have one name.
 
     Example:
         >>> from hf_distill.losses import HPDLoss
@@ -108,6 +122,12 @@ class WeightedLoss(DistillationLoss):
             raise ValueError(
                 f"WeightedLoss: there is a weight for {unknown}, expected parts of the losses, {sorted(self.parts)}. It would "
                 "weigh nothing. Correct its name."
+            )
+        negative = {part: weight for part, weight in self.weights.items() if weight < 0}
+        if negative:
+            raise ValueError(
+                f"WeightedLoss: the weights {negative} are negative, expected 0 or more. The student would be led away from "
+                "the teacher. Correct their sign."
             )
         if len(set(self.parts)) < len(self.parts):
             raise ValueError(

@@ -21,8 +21,8 @@ class AdditiveMarginSoftmax(DistillationLoss):
     the mean over pairs of both directions' cross-entropy, with the margin taken off the cosine of the true pair.
     Differs from the papers: cosines are multiplied by `scale` (their formula has none, and cosines in [-1, 1] hardly train).
 
-    The negatives are the batch's of all processes. A sentence that stands in the batch again, on either side, is no negative:
-    its translation would be a true one.
+    The negatives are the batch's of all processes. Pairs that share a sentence, on the same side or on opposite ones, are no
+    negatives of each other: their translations would be true ones.
 
     Args:
         margin: Taken off the cosine of a true pair (LaBSE: 0.3).
@@ -66,7 +66,8 @@ class AdditiveMarginSoftmax(DistillationLoss):
         """
         cosines = _cosines(student, self)
         true = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
-        again = (texts[:, None] == texts[None]).any(-1) & ~true
+        first, second = texts.unbind(1)
+        again = (texts[:, None, :, None] == texts[None, :, None, :]).any((2, 3)) & ~true
         logits = (self.scale * (cosines - self.margin * true)).masked_fill(again, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)
         return {"ams": nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)}

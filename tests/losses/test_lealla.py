@@ -33,6 +33,8 @@ def test_it_is_the_papers_sum_without_sentences_that_stand_there_again(again):
     for first, second, side in again:
         texts[second, side] = texts[first, side]
         rows[second, side] = rows[first, side]
+    if not again:  # a source that is another's translation
+        texts[4, 1], rows[4, 1] = texts[2, 0], rows[2, 0]
     total = 0.0
     for i in range(5):
         for here, there in ((0, 1), (1, 0)):
@@ -40,7 +42,7 @@ def test_it_is_the_papers_sum_without_sentences_that_stand_there_again(again):
             others = [
                 math.exp(scale * cosine(rows[i, here], rows[n, there]))
                 for n in range(5)
-                if n != i and texts[n, 0] != texts[i, 0] and texts[n, 1] != texts[i, 1]
+                if n != i and not set(texts[n].tolist()) & set(texts[i].tolist())
             ]
             total -= math.log(true / (true + sum(others))) / 5
     assert AdditiveMarginSoftmax(margin, scale)(rows, texts)["ams"].item() == pytest.approx(total)
