@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_distill.evaluation.report import provenance, write_results
+from hf_distill.evaluation.report import command, provenance, write_results
 from hf_distill.evaluation.tables import table
 
 
@@ -110,13 +110,19 @@ def main() -> None:
     for seed in options.seeds:
         for number, (rung, more) in enumerate(ladder.rungs.items()):
             output = folder / f"{number}-{seed}"
+            own = [options.reranker if word == "RERANKER" else word for word in more.split()]
+            own += ["--seed", str(seed), "--output_dir", str(output)]
+            own += ["--index_report", "false"] if ladder.recipe == "embed_distill" else []
+            recipe = [str(ROOT / "recipes" / f"{ladder.recipe}.py"), *options.flags, *own]
             if not (output / "results.json").exists():
-                own = [options.reranker if word == "RERANKER" else word for word in more.split()]
-                own += ["--seed", str(seed), "--output_dir", str(output)]
-                own += ["--index_report", "false"] if ladder.recipe == "embed_distill" else []
-                recipe = [sys.executable, str(ROOT / "recipes" / f"{ladder.recipe}.py")]
-                subprocess.run([*recipe, *options.flags, *own], check=True)
-            runs.setdefault(rung, []).append(json.loads((output / "results.json").read_text("utf-8")))
+                subprocess.run([sys.executable, *recipe], check=True)
+            results = json.loads((output / "results.json").read_text("utf-8"))
+            if results["provenance"]["command"] != command(recipe):
+                parser.error(
+                    f"{output} is of the command {results['provenance']['command']}, expected {command(recipe)}. Its scores would "
+                    "stand beside those of other flags. Delete it, or take another name."
+                )
+            runs.setdefault(rung, []).append(results)
     rows = {
         heading: cells([results["rows"][row] for results in runs[rung]], ladder.scores)
         for heading, (rung, row) in ladder.rows.items()
