@@ -119,8 +119,8 @@ def main() -> None:
             results = json.loads((output / "results.json").read_text("utf-8"))
             if results["provenance"]["command"] != command(recipe):
                 parser.error(
-                    f"{output} is of the command {results['provenance']['command']}, expected {command(recipe)}. Its scores would "
-                    "stand beside those of other flags. Delete it, or take another name."
+                    f"{output} is of the command {results['provenance']['command']}, expected {command(recipe)}. Its "
+                    "scores would stand beside those of other flags. Delete it, or take another name."
                 )
             runs.setdefault(rung, []).append(results)
     rows = {
