@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_distill import StudentModel
-from hf_distill.arguments import parse_arguments
+from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.evaluation.report import provenance, write_results
 from hf_distill.evaluation.tables import table
 from hf_distill.vocabulary import prune_vocabulary
@@ -39,7 +39,7 @@ def main() -> None:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
-    data = open_translations(parse_arguments(LEALLAArguments, argv=flags)[0])
+    data = open_translations(parse_arguments(LEALLAArguments, DistillationTrainingArguments, argv=flags)[0])
     trained, test = data.facts["languages"], data.evaluators[-1]
     texts = list(dict.fromkeys(text for code in sorted(trained) for side in test.pairs.get(code, ()) for text in side))
     whole = StudentModel.from_backbone(options.backbone, layers=[0], pooling="mean")

@@ -170,7 +170,8 @@ def _sides(dataset: Dataset, columns: list[str] | None, source: str) -> Dataset:
             f"is unknown. Name them: {source}:english,german."
         )
     pairs = dataset.select_columns(text_columns(dataset, names))
-    return pairs.rename_columns(dict(zip(names, _SIDES, strict=True))).cast(_SIDES)
+    pairs = pairs.rename_columns(dict(zip(names, _SIDES, strict=True)))
+    return pairs if pairs.features == _SIDES else pairs.cast(_SIDES)
 
 
 def _aligned(code: str, english: str, translation: str) -> Dataset:
