@@ -112,6 +112,9 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Cut the student's vocabulary to the most frequent tokens of the text, so many."},
     )
+    embedding_dim: int | None = field(
+        default=None, metadata={"help": "Narrow a BERT student's token table to so many dimensions, with a Linear behind it."}
+    )
     from_scratch: list[int] | None = field(
         default=None,
         metadata={"help": "A student of random weights with the backbone's tokenizer: hidden size, layers, heads, FFN size."},

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.augment import BackTranslation, SynonymReplacement, augment
-from hf_distill.build import from_scratch, start_embeddings
+from hf_distill.build import from_scratch, narrow_embeddings, start_embeddings
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
@@ -98,5 +98,7 @@ def open_student(recipe: Any, corpus: Iterable[str], languages: Iterable[str] | 
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.max_vocabulary:
         prune_vocabulary(student, list(corpus), recipe.max_vocabulary, languages)
+    if recipe.embedding_dim:
+        student = narrow_embeddings(student, recipe.embedding_dim)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)
     return student

@@ -1,11 +1,14 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
+from conftest import make_backbone, make_texts
 from torch.nn.functional import pdist
 from transformers import AutoModel, BertConfig
 
 from hf_distill import StudentModel
-from hf_distill.build import LEALLA_SHAPES, from_scratch, plan, start_embeddings
+from hf_distill.build import LEALLA_SHAPES, from_scratch, narrow_embeddings, plan, start_embeddings
 from hf_distill.layout import check_layout
 
 
@@ -78,3 +81,46 @@ def test_embeddings_start_from_the_main_directions_of_another_table(backbone_fol
     wide = from_scratch(backbone_folder, 32, 1, 2, 16)
     with pytest.raises(ValueError, match="has 16 dimensions, the student 32"):
         start_embeddings(wide, backbone_folder)
+
+
+def test_a_narrow_table_that_holds_all_directions_changes_nothing(backbone_folder, tmp_path):
+    student = StudentModel.from_backbone(backbone_folder, layers=[0, 2], projection_dim=5, activation="tanh", max_length=30)
+    directions = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, weight in student.backbone.embeddings.named_parameters():
+            if name.endswith("embeddings.weight"):
+                own = torch.randn(len(weight), 7, generator=torch.Generator().manual_seed(len(weight)))
+                weight.copy_(own @ directions + own[:, :1])  # and a mean of its own, which the layer norm takes away
+    texts = make_texts(40)
+    before, narrow = student.encode(texts), narrow_embeddings(student, 9)
+    assert narrow.encode(texts) == pytest.approx(before, abs=1e-5)
+    assert narrow.backbone.embeddings.word_embeddings.weight.shape == (len(student.tokenizer), 9)
+    assert narrow.settings == student.settings
+    narrow.save_pretrained(tmp_path)
+    check_layout(tmp_path, ("a cat sat", "the old house " * 40))
+    opened = StudentModel.from_pretrained(tmp_path)
+    assert opened.config.model_type == "electra"
+    assert opened.encode(texts) == pytest.approx(before, abs=1e-5)
+
+
+def test_a_narrower_table_keeps_what_it_can(backbone_folder, caplog):
+    student = StudentModel.from_backbone(backbone_folder)
+    tokens = torch.arange(len(student.tokenizer))[None]
+    before = student.backbone.embeddings.eval()(tokens).detach()
+    lost = []
+    for dim in (3, 8, 13):
+        with caplog.at_level(logging.INFO, "hf_distill"):
+            narrow = narrow_embeddings(student, dim)
+        after = narrow.backbone.embeddings_project(narrow.backbone.embeddings.eval()(tokens))
+        lost.append(float((after.detach() - before).square().sum() / (before - before.mean(1)).square().sum()))
+        assert f"{100 * (1 - lost[-1]):.1f} % of what the first layer is given is kept" in caplog.text
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > 2 * lost[-1] > 0
+
+
+def test_tables_that_cannot_be_narrowed(tmp_path, backbone_folder):
+    with pytest.raises(ValueError, match="a table of 16 dimensions, to be 16"):
+        narrow_embeddings(StudentModel.from_backbone(backbone_folder), 16)
+    other = StudentModel.from_backbone(make_backbone(tmp_path, "mpnet"))
+    with pytest.raises(ValueError, match="the student is of type mpnet"):
+        narrow_embeddings(other, 4)

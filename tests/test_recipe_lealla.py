@@ -252,6 +252,19 @@ def test_a_student_is_planned_in_a_budget(opened, monkeypatch, folder, words_fol
     assert results["data"]["name"] == "pairs"
 
 
+def test_a_teachers_own_layers_with_a_narrow_table(opened, folder, backbone_folder, teacher_folder):
+    flags = f"--pairs {folder / 'pairs'} --teacher {teacher_folder} --backbone {backbone_folder} --layers 0 2 --dim 6 --dims 3"
+    flags += f" --use_cpu true --bf16 false --disable_tqdm true --max_steps 20 --cache_dir {folder / 'caches'}"
+    flags += f" --embedding_dim 5 --output_dir {folder / 'narrow'} --tatoeba {folder / 'tatoeba.tsv'}"
+    importlib.import_module("lealla").main(flags.split())
+    student = StudentModel.from_pretrained(folder / "narrow")
+    assert student.backbone.embeddings.word_embeddings.weight.shape[1] == 5
+    assert (student.dim, student.settings["layers"]) == (6, [0, 2])
+    rows = json.loads((folder / "narrow" / "results.json").read_text())["rows"]
+    assert "tatoeba_avg@3" in rows["student"]["scores"]
+    assert "tatoeba_avg@3" not in rows["teacher"]["scores"]
+
+
 def test_own_pairs_make_the_papers_student_with_the_teachers_tokenizer(opened, monkeypatch, folder):
     demo = importlib.import_module("demo")
     arguments = importlib.import_module("lealla").LEALLAArguments
