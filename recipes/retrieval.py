@@ -33,7 +33,7 @@ from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher, Teacher, TwoTowerTeacher
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("hf_distill.retrieval")
 
 
 @dataclass
@@ -244,7 +244,16 @@ def open_reranker(recipe: Any, rows: Dataset) -> TeacherCache | None:
     label = int(recipe.reranker_label) if str(recipe.reranker_label).isdigit() else recipe.reranker_label
     live = CrossEncoderTeacher(recipe.reranker, label=label, pooled=bool(recipe.dual_pooling))
     cache = TeacherCache(live, cache_folder(recipe.cache_dir, live), dtype="float32")
-    cache.add(*([pair(q, d) for q, d in zip(rows["query"], rows[column], strict=True)] for column in rows.column_names[1:]))
+    columns = [[pair(q, d) for q, d in zip(rows["query"], rows[column], strict=True)] for column in rows.column_names[1:]]
+    cache.add(*columns)
+    some = torch.stack([cache.encode(column[:1000])[:, 0] for column in columns]) / recipe.score_temperature
+    spread = float((some.amax(0) - some.amin(0)).mean())
+    if len(columns) > 1 and spread < 1:
+        logger.warning(
+            f"embed_distill: the scores of {recipe.reranker} for one query lie {spread:.2g} apart, divided by score_temperature"
+            f" {recipe.score_temperature:g}, expected 1 or more, as logits do. All documents would be about as good. Lower "
+            "--score_temperature; 0.05 for scores in [0, 1]."
+        )
     return cache
 
 

@@ -4,10 +4,12 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_texts
 from datasets import Dataset
 from safetensors.torch import save_file
 from test_retrieval_training import make_reranker
@@ -199,6 +201,19 @@ def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
     assert len(scores) > 3
     assert min(scores) > 0
     assert "index" not in results
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(1e-4, False), (1e4, True)])
+def test_scores_that_say_nothing_are_noticed(temperature, warned, backbone_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    texts = make_texts(60)
+    rows = Dataset.from_dict({"query": texts[:20], "document": texts[20:40], "negative": texts[40:]})
+    reranker = make_reranker(tmp_path / "reranker", backbone_folder)
+    flags = {"reranker": reranker, "reranker_label": None, "dual_pooling": None, "score_temperature": temperature}
+    recipe = SimpleNamespace(**flags, cache_dir=str(tmp_path))
+    with caplog.at_level("WARNING", "hf_distill"):
+        importlib.import_module("retrieval").open_reranker(recipe, rows)
+    assert ("All documents would be about as good" in caplog.text) == warned
 
 
 def test_both_towers_learn_what_a_rerankers_states_say(run, backbone_folder, tmp_path):
