@@ -77,7 +77,7 @@ def fill_in(recipe: Any) -> None:
         if data == "texts" and hasattr(recipe, "explained"):
             recipe.explained = recipe.explained or ["light", "bank", "draw"]
         if data == "pairs":
-            recipe.max_vocabulary = recipe.max_vocabulary or 12_000
+            recipe.max_vocabulary, recipe.max_pairs = recipe.max_vocabulary or 12_000, recipe.max_pairs or 5000
     if recipe.texts_name is None:
         sources = [recipe.collection] if data == "collection" else getattr(recipe, data)
         recipe.texts_name = " + ".join(called if name == embedded else _shown(name) for name in sources)

@@ -285,7 +285,7 @@ def test_own_pairs_make_the_papers_student_with_the_teachers_tokenizer(opened, m
         filled("--pairs", "a/b")
     assert filled("--pairs", "a/b", "--backbone", "b").anchor is True  # the embedded teacher knows English
     default = filled()
-    assert (default.shape, default.anchor, default.max_vocabulary) == ("small", True, 12_000)
+    assert (default.shape, default.anchor, default.max_vocabulary, default.max_pairs) == ("small", True, 12_000, 5000)
     assert filled("--anchor", "false").anchor is False
     assert filled("--from_scratch", "8", "2", "2", "16").shape is None
 
