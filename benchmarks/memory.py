@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of caching and of training, and the time of `import hf_distill`, each in a fresh process: `make bench`.
+"""Peak memory of caching, of training and of building senses, and the time of `import hf_distill`: `make bench`.
 
-Text is real (GCIDE, read from a file as a user's would be), the models are small and random, for what grows with the number
-of texts (keys, index, targets of 384 dimensions, tokenised rows) does not depend on them, and shapes are kept equal
-(at most 32 tokens). Writes recipes/results/memory.json.
+Each is measured in a fresh process. Text is real (GCIDE, read from a file as a user's would be), the models are small and
+random, for what grows with the number of texts (keys, index, targets of 384 dimensions, tokenised rows) does not depend on
+them, and shapes are kept equal (at most 32 tokens). Writes recipes/results/memory.json.
 """
 
 import argparse
@@ -50,8 +50,20 @@ def work(what: str, folder: Path, count: int) -> None:
 
     texts = load_texts(folder / f"{count}.jsonl")
     cache = TeacherCache(EncoderTeacher(folder / "teacher", dtype="float32", device="cpu"), folder / f"cache-{count}")
+    stated = {}
     if what == "caching":
         cache.add(texts["text"])
+    elif what == "building senses":
+        from hf_distill.sense_builder import build_senses
+        from hf_distill.shards import read_tensor
+        from hf_distill.token_teacher import TokenTeacher
+
+        teacher = TokenTeacher(folder / "backbone", max_length=32, dtype="float32", device="cpu")
+        dictionary = build_senses(teacher, texts["text"], folder / f"senses-{count}")
+        kept = sum(len(read_tensor(path, "ids")) for path in (folder / f"senses-{count}").glob("states-*.safetensors"))
+        whole = sum(tensor.nbytes for tensor in (dictionary.senses, dictionary.offsets, dictionary.counts))
+        group = min(256e6, 4 * kept * teacher.dim)
+        stated = {"stated_mb": (80 * kept + 4 * whole + group) / 1e6}  # by its docstring, what grows with the texts
     else:
         student = StudentModel.from_backbone(str(folder / "backbone"), projection_dim=128, max_length=32, dropout=0.0)
         teacher = cache.project(PCAProjection.fit(cache, 128))
@@ -66,7 +78,7 @@ def work(what: str, folder: Path, count: int) -> None:
     # Not getrusage: what it calls this process's peak begins with that of the process that started it.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = {key: int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) / 1024 for key in ("VmHWM", "RssAnon", "RssFile")}
-    print(json.dumps({"peak_mb": found["VmHWM"], "at_end": found}))
+    print(json.dumps({"peak_mb": found["VmHWM"], "at_end": found, **stated}))
 
 
 def main() -> None:
@@ -84,7 +96,8 @@ def main() -> None:
     from hf_distill.evaluation.report import provenance, write_results
     from hf_distill.evaluation.tables import table
 
-    rows: dict[str, dict[str, float]] = {"caching": {}, "training": {}}
+    rows: dict[str, dict[str, float]] = {"caching": {}, "training": {}, "building senses": {}}
+    stated: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder)
@@ -95,10 +108,13 @@ def main() -> None:
             for count in options.sizes:
                 command = [sys.executable, __file__, "--work", what, name, str(count)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows[what][f"{count} texts, MB"] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
+                measured = json.loads(done.stdout.strip().splitlines()[-1])
+                rows[what][f"{count} texts, MB"] = measured["peak_mb"]
+                stated += [measured["stated_mb"]] if "stated_mb" in measured else []
     for row in rows.values():
         values = list(row.values())
         row["difference, MB"] = values[-1] - values[0]
+    rows["building senses"]["stated, MB"] = stated[-1] - stated[0]
     imports = []
     for _ in range(5):
         script = "import time; t = time.perf_counter(); import hf_distill; print(time.perf_counter() - t)"
