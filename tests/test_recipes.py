@@ -82,6 +82,7 @@ def test_hpd_from_text_to_card(inputs, tmp_path, monkeypatch, capsys):
     assert 'SentenceTransformer("' in said
     speed = results["speed"]["rows"]
     assert (list(speed), speed["teacher"]["times_faster"]) == (["teacher", "student"], 1)
+    assert {row["precision"] for row in speed.values()} == {results["teacher_fingerprint"]["dtype"]}
     weights = [tmp_path / "out" / name for name in ("model.safetensors", "2_Dense/model.safetensors")]
     assert results["speed"]["student_mb"] == pytest.approx(sum(file.stat().st_size for file in weights) / 1e6, rel=1e-4)
     low, high = results["rows"]["student"]["intervals"]["sts_avg"]
