@@ -66,7 +66,6 @@ class AdditiveMarginSoftmax(DistillationLoss):
         """
         cosines = _cosines(student, self)
         true = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
-        first, second = texts.unbind(1)
         again = (texts[:, None, :, None] == texts[None, :, None, :]).any((2, 3)) & ~true
         logits = (self.scale * (cosines - self.margin * true)).masked_fill(again, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)
