@@ -136,7 +136,8 @@ def narrow_embeddings(student: StudentModel, dim: int) -> StudentModel:
     places = tokens % min(len(rows[1]), 64)  # each token at one place, as short texts have them
     before, after = (model.embeddings.eval()(tokens, position_ids=places)[0] for model in (wide, narrow))
     after = torch.cat([after, torch.ones(len(after), 1)], 1)
-    found = torch.linalg.lstsq(after.double(), before.double(), driver="gelsd").solution.float()  # [dim + 1, H]
+    # A norm's output has no mean either, up to rounding, and what rounding is left there must not be fitted.
+    found = torch.linalg.lstsq(after.double(), before.double(), driver="gelsd", rcond=1e-5).solution.float()  # [dim + 1, H]
     narrow.embeddings_project.weight.copy_(found[:-1].T)
     narrow.embeddings_project.bias.copy_(found[-1])
     lost = (before - after @ found).square().sum() / (before - before.mean(0)).square().sum()

@@ -154,6 +154,23 @@ class PCAProjection:
         return cls(**tensors, total_variance=float(metadata["total_variance"]), center=metadata["center"] == "True")
 
 
+def centred_map(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return (weight [D, H], bias [D]): the main directions of a student's own states, centred, of unit length on average.
+
+    States that all share a large mean have cosines near 1, and a loss on cosines would first have to learn the mean away.
+    Where there are fewer directions (texts or H) than D, the last rows are zero.
+
+    Args:
+        states: [N, H], the student's pooled states of N texts (`StudentModel.pooled`).
+        dim: D.
+    """
+    mean = states.mean(0)
+    directions = torch.linalg.svd(states - mean, full_matrices=False).Vh[:dim]
+    weight = torch.cat([directions, states.new_zeros(dim - len(directions), states.shape[1])])
+    weight /= ((states - mean) @ weight.T).norm(dim=-1).mean()
+    return weight, -weight @ mean
+
+
 def starting_map(states: Tensor, targets: Tensor, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (weight [D, H], bias [D]) with which a student's projection already comes close to its targets.
 

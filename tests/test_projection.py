@@ -3,7 +3,7 @@ import torch
 from conftest import make_texts
 
 from hf_distill import PCAProjection
-from hf_distill.projection import starting_map
+from hf_distill.projection import centred_map, starting_map
 
 
 @pytest.fixture
@@ -156,3 +156,23 @@ def test_start_from_components_is_as_long_as_the_targets():
     assert not bias.any()
     with pytest.raises(ValueError, match="components have 13 dimensions, the student's states 12"):
         starting_map(states, torch.ones(50, 5), torch.eye(5, 13))
+
+
+def test_centred_map_keeps_distances_and_takes_the_mean_away():
+    generator = torch.Generator().manual_seed(0)
+    states = 50 + 3 * torch.randn(40, 4, generator=generator) @ torch.randn(4, 12, generator=generator)
+    weight, bias = centred_map(states, 4)
+    found = states @ weight.T + bias
+    assert torch.allclose(found.mean(0), torch.zeros(4), atol=1e-4)
+    assert found.norm(dim=-1).mean().item() == pytest.approx(1, rel=1e-4)
+    ratio = torch.pdist(found) / torch.pdist(states)
+    assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-3)
+    variances = found.var(0)
+    assert variances.tolist() == sorted(variances.tolist(), reverse=True)
+
+    # Fewer texts, or a narrower student, than dimensions: what there is, and zeros.
+    for few in (states[:3], states):
+        weight, bias = centred_map(few, 13)
+        assert weight.shape == (13, 12)
+        assert not weight[12].any()
+        assert torch.isfinite(few @ weight.T + bias).all()

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import WORDS, make_texts
 from datasets import Dataset
@@ -254,12 +255,16 @@ def test_a_student_is_planned_in_a_budget(opened, monkeypatch, folder, words_fol
 
 def test_a_teachers_own_layers_with_a_narrow_table(opened, folder, backbone_folder, teacher_folder):
     flags = f"--pairs {folder / 'pairs'} --teacher {teacher_folder} --backbone {backbone_folder} --layers 0 2 --dim 6 --dims 3"
-    flags += f" --use_cpu true --bf16 false --disable_tqdm true --max_steps 20 --cache_dir {folder / 'caches'}"
-    flags += f" --embedding_dim 5 --output_dir {folder / 'narrow'} --tatoeba {folder / 'tatoeba.tsv'}"
+    flags += f" --use_cpu true --bf16 false --disable_tqdm true --max_steps 1 --cache_dir {folder / 'caches'}"
+    flags += f" --learning_rate 0 --embedding_dim 5 --output_dir {folder / 'narrow'} --tatoeba {folder / 'tatoeba.tsv'}"
     importlib.import_module("lealla").main(flags.split())
     student = StudentModel.from_pretrained(folder / "narrow")
     assert student.backbone.embeddings.word_embeddings.weight.shape[1] == 5
     assert (student.dim, student.settings["layers"]) == (6, [0, 2])
+    # It starts centred: what its own layers make of all texts alike is taken away.
+    student.settings["normalize"] = False
+    vectors = student.encode(make_texts(300))
+    assert np.linalg.norm(vectors.mean(0)) < 0.4 * np.linalg.norm(vectors, axis=1).mean()
     rows = json.loads((folder / "narrow" / "results.json").read_text())["rows"]
     assert "tatoeba_avg@3" in rows["student"]["scores"]
     assert "tatoeba_avg@3" not in rows["teacher"]["scores"]
