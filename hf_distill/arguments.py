@@ -153,6 +153,13 @@ class RecipeArguments:
         for name in ("texts", "teacher", "pairs"):  # a YAML file may name the only one without a list
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, [getattr(self, name)])
+        students = ("layers", "from_scratch", "shape", "max_params")
+        given = {name: value for name in students if (value := getattr(self, name, None)) is not None}
+        if len(given) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {given} are given, expected one of them. They name different students, of which one "
+                "would be made. Leave the others out, of the --config file, too."
+            )
         for license in (self.license, self.teacher_license):  # not after hours
             require_license(license)
 
@@ -336,11 +343,6 @@ class TranslationArguments(RecipeArguments):
                     f"TranslationArguments: max_params is {self.max_params!r}, expected a number of weights: 20M or 20000000."
                 )
             self.max_params = int(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[number[2]])
-        if sum(value is not None for value in (self.shape, self.max_params, self.from_scratch)) > 1:
-            raise ValueError(
-                f"TranslationArguments: shape is {self.shape}, max_params {self.max_params}, from_scratch {self.from_scratch}, "
-                "expected one of them. They name different students."
-            )
 
 
 def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:

@@ -212,15 +212,17 @@ def test_wrong_pairs_are_refused_before_any_work(run, folder, tmp_path):
             (["--languages", "aaa", "deu"], r"but not \['deu'\], expected codes"),
             (["--pairs", str(folder / "same.tsv")], "expected a column `language`, or a code before it"),
             (["--pairs", f"xxx={folder / 'same.tsv'}:english"], r"has the text columns \['english'\], expected two"),
-            (["--max_params", "20 M"], "max_params is '20 M', expected a number of weights"),
             (["--logit_weight", "-1"], r"weights {'logit': -1.0} are negative"),
             (["--per_device_train_batch_size", "1"], "a batch is 1 row of 2 texts"),
             (["--shape", "small"], "expected one of them. They name different students"),
+            (["--layers", "0"], r"'layers': \[0\], 'from_scratch': .* expected one of them"),
             (["--language_temperature", "0.5"], "temperature is 0.5"),
         )
     ):
         with pytest.raises(ValueError, match=message):
             run(*flags, output=f"refused-{number}")
+    with pytest.raises(ValueError, match="max_params is '20 M', expected a number of weights"):
+        parse_arguments(importlib.import_module("lealla").LEALLAArguments, argv=["--max_params", "20 M"])
     assert not (folder / "caches").exists()
 
 
