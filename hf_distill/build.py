@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, ElectraConfig
 from transformers.utils import logging
 
+from .projection import least_squares
 from .student import StudentModel, load_safe
 
 
@@ -135,12 +136,10 @@ def narrow_embeddings(student: StudentModel, dim: int) -> StudentModel:
     tokens = torch.arange(len(rows[0]))[None]
     places = tokens % min(len(rows[1]), 64)  # each token at one place, as short texts have them
     before, after = (model.embeddings.eval()(tokens, position_ids=places)[0] for model in (wide, narrow))
-    after = torch.cat([after, torch.ones(len(after), 1)], 1)
-    # A norm's output has no mean either, up to rounding, and what rounding is left there must not be fitted.
-    found = torch.linalg.lstsq(after.double(), before.double(), driver="gelsd", rcond=1e-5).solution.float()  # [dim + 1, H]
-    narrow.embeddings_project.weight.copy_(found[:-1].T)
-    narrow.embeddings_project.bias.copy_(found[-1])
-    lost = (before - after @ found).square().sum() / (before - before.mean(0)).square().sum()
+    weight, bias = least_squares(after, before)
+    narrow.embeddings_project.weight.copy_(weight)
+    narrow.embeddings_project.bias.copy_(bias)
+    lost = (before - after @ weight.T - bias).square().sum() / (before - before.mean(0)).square().sum()
 
     settings = dict(student.settings)
     vocabulary = settings.pop("vocabulary", None)

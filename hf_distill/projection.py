@@ -171,6 +171,20 @@ def centred_map(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return weight, -weight @ mean
 
 
+def least_squares(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (weight [E, D], bias [E]) of the Linear that comes closest to the outputs: of several, the smallest.
+
+    Args:
+        inputs: [N, D].
+        outputs: [N, E].
+    """
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()
+    # Directions that hold but rounding (a layer norm's output has no mean) must not be fitted: weights of millions would
+    # give the same in float32, and anything in bfloat16.
+    found = torch.linalg.lstsq(inputs, outputs.double(), rcond=1e-5, driver="gelsd").solution.float()
+    return found[:-1].T.contiguous(), found[-1]
+
+
 def starting_map(states: Tensor, targets: Tensor, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (weight [D, H], bias [D]) with which a student's projection already comes close to its targets.
 

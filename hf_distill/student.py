@@ -165,9 +165,9 @@ class StudentModel(PreTrainedModel):
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
 
-    def add_training_head(self, dim: int, bias: bool = True) -> None:
+    def add_training_head(self, dim: int) -> None:
         """Put a Linear D -> dim behind the embedding, for a loss that compares it with wider vectors; never published."""
-        self.training_head = nn.Linear(self.dim, dim, bias=bias)
+        self.training_head = nn.Linear(self.dim, dim)
 
     @property
     def dim(self) -> int:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """LEALLA (arXiv 2302.08387): a thin, deep student of a teacher of many languages. Flags: --help, --config file.yaml."""
 
-import random
 from dataclasses import dataclass, field
 
 from inputs import begin, open_student, open_teacher
-from translations import open_translations, shape_student
+from translations import open_translations, shape_student, start_student
 
 from hf_distill.arguments import TranslationArguments
 from hf_distill.build import LEALLA_SHAPES
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
-from hf_distill.projection import centred_map
 from hf_distill.runs import last_checkpoint
 from hf_distill.teachers import AnchoredTeacher
 from hf_distill.trainer import DistillationTrainer
@@ -63,16 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     width = recipe.dim or (recipe.from_scratch[0] if recipe.from_scratch else teacher.dim)
     options = {"projection_dim": width, "pooling": recipe.pooling, "activation": recipe.activation}
     student = open_student(recipe, data.corpus, data.languages, **options)
-    if not recipe.from_scratch:
-        sample = random.Random(recipe.split_seed).sample(data.corpus, min(len(data.corpus), 5000))
-        student.start_projection(*centred_map(student.pooled(sample), width))
     size = student.num_parameters()  # the training-only head comes on top, and goes
-    if recipe.feature_weight:
-        student.add_training_head(teacher.dim)
-
     with report.timed("caching"):
         teacher.add(data.train["english"], *([] if recipe.anchor else [data.train["translation"]]))
         teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])
+        target = AnchoredTeacher(teacher) if recipe.anchor else teacher
+        start_student(recipe, student, data.train, target)
     report.evaluators = data.evaluators
     with report.timed("evaluation"):
         report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
@@ -82,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         model=student,
         args=args,
         train_dataset=data.train,
-        teacher=AnchoredTeacher(teacher) if recipe.anchor else teacher,
+        teacher=target,
         loss=recipe.loss(),
         evaluators=[evaluator for evaluator in data.evaluators if evaluator.name == "dev"],
         peft_config=recipe.peft_config(),

@@ -9,14 +9,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from demo import EMBEDDED_PAIRS, bible_pairs
+from torch.nn import functional
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_distill.build import LEALLA_SHAPES, plan
 from hf_distill.data import find_leaks, load_texts, mix_languages, normal_form, require_texts, split_source, text_columns
 from hf_distill.evaluation.bitext import BitextEvaluator, Pairs, load_bitext
+from hf_distill.projection import centred_map, least_squares
+from hf_distill.student import StudentModel
+from hf_distill.teachers import Teacher
 from hf_distill.vocabulary import vocabulary_for
 
 
@@ -105,6 +110,25 @@ def shape_student(recipe: Any, data: Translations) -> None:
         recipe.max_vocabulary = found.vocabulary
     elif recipe.shape:
         recipe.from_scratch = list(LEALLA_SHAPES[recipe.shape])
+
+
+def start_student(recipe: Any, student: StudentModel, train: Dataset, teacher: Teacher) -> None:
+    """Add the training-only head of feature distillation; behind a teacher's own layers, start it and the projection.
+
+    The projection starts centred, the head by least squares: what a random one sends back harms what the layers know.
+    """
+    if recipe.feature_weight:
+        student.add_training_head(teacher.dim)
+    if recipe.from_scratch:
+        return
+    places = random.Random(recipe.split_seed).sample(range(len(train)), min(len(train), 2500))
+    pairs = [(row["english"], row["translation"]) for row in train.select(places)]
+    texts = list(chain.from_iterable(pairs))
+    student.start_projection(*centred_map(student.pooled(texts), student.dim))
+    if recipe.feature_weight:
+        targets = functional.normalize(teacher.targets(pairs).flatten(0, 1).float(), dim=-1)
+        weight, bias = least_squares(torch.from_numpy(student.encode(texts)), targets)
+        student.training_head.load_state_dict({"weight": weight, "bias": bias})
 
 
 def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, Pairs]]:

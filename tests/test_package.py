@@ -51,7 +51,7 @@ def test_rooms_keep_to_themselves():
         "shards.py": ({"numpy", "safetensors"}, set()),
         "processes.py": ({"torch", "numpy", "accelerate"}, set()),
         "adapters.py": ({"torch", "peft"}, {"student"}),
-        "build.py": ({"torch", "transformers"}, {"student"}),
+        "build.py": ({"torch", "transformers"}, {"projection", "student"}),
         "vocabulary.py": ({"torch", "transformers"}, {"student"}),
         "augment.py": ({"torch", "transformers", "nltk"}, {"student"}),
         "teachers.py": (

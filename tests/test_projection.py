@@ -3,7 +3,7 @@ import torch
 from conftest import make_texts
 
 from hf_distill import PCAProjection
-from hf_distill.projection import centred_map, starting_map
+from hf_distill.projection import centred_map, least_squares, starting_map
 
 
 @pytest.fixture
@@ -176,3 +176,16 @@ def test_centred_map_keeps_distances_and_takes_the_mean_away():
         assert weight.shape == (13, 12)
         assert not weight[12].any()
         assert torch.isfinite(few @ weight.T + bias).all()
+
+
+def test_least_squares_finds_the_linear_and_fits_no_rounding():
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(30, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    found, bias = least_squares(inputs, inputs @ weight.T + 3)
+    assert torch.allclose(found, weight, atol=1e-4)
+    assert torch.allclose(bias, torch.full((7,), 3.0), atol=1e-4)
+    # Without a mean, as after a layer norm, there is a direction of rounding only; and 4 texts leave many to choose from.
+    normed = torch.nn.functional.layer_norm(inputs, (5,))
+    for some in (normed, inputs[:4]):
+        found, bias = least_squares(some, torch.randn(len(some), 7, generator=generator))
+        assert found.norm() < 10
