@@ -47,6 +47,7 @@ SEARCH = {"dev": "dev_ndcg10", "test": "test_ndcg10"}
 # The epochs are what dev asked for on SciFact: few where both towers learn, many where a query encoder alone learns.
 SYMMETRIC = "--symmetric true --num_train_epochs 4"
 UNMATCHED = f"{SYMMETRIC} --query_weight 0 --document_weight 0"
+TRANSLATIONS = {"dev": "dev_avg", "other languages": "tatoeba_other", "trained languages": "tatoeba_trained"}
 LADDERS = {
     "ladder": climb(
         "embed_distill",
@@ -76,7 +77,23 @@ LADDERS = {
             "AMS + logit": "--feature_weight 0",
             "AMS + feature + logit": "",
         },
-        {"dev": "dev_avg", "other languages": "tatoeba_other", "trained languages": "tatoeba_trained"},
+        TRANSLATIONS,
+    ),
+    "choices": climb(  # on dev, of recipes/configs/lealla_e5.yaml: its flags without --tatoeba
+        "lealla",
+        {
+            "as configured": "",
+            "layers 0 3 7 11": "--layers 0 3 7 11",
+            "learning rate 1e-3": "--learning_rate 1e-3",
+            "scale 50": "--scale 50",
+            "AMS alone": "--feature_weight 0 --logit_weight 0",
+            "feature × 10": "--feature_weight 10",
+            "logit × 100": "--logit_weight 100",
+        },
+        {"dev": "dev_avg"},
+    ),
+    "curve": climb(
+        "lealla", {f"{pairs} pairs a language": f"--max_pairs {pairs}" for pairs in (125, 500, 2000, 8000)}, TRANSLATIONS
     ),
     "senses": Ladder(
         "multi_sense",

@@ -258,7 +258,8 @@ def test_a_student_is_planned_in_a_budget(opened, monkeypatch, folder, words_fol
 def test_a_teachers_own_layers_with_a_narrow_table(opened, folder, backbone_folder, teacher_folder):
     flags = f"--pairs {folder / 'pairs'} --teacher {teacher_folder} --backbone {backbone_folder} --layers 0 2 --dim 6 --dims 3"
     flags += f" --use_cpu true --bf16 false --disable_tqdm true --max_steps 1 --cache_dir {folder / 'caches'}"
-    flags += f" --learning_rate 0 --logging_steps 1 --embedding_dim 5 --output_dir {folder / 'narrow'} --tatoeba {folder / 'tatoeba.tsv'}"
+    flags += f" --learning_rate 0 --logging_steps 1 --embedding_dim 5 --output_dir {folder / 'narrow'}"
+    flags += f" --tatoeba {folder / 'tatoeba.tsv'}"
     importlib.import_module("lealla").main(flags.split())
     student = StudentModel.from_pretrained(folder / "narrow")
     assert student.backbone.embeddings.word_embeddings.weight.shape[1] == 5
