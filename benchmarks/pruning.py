@@ -59,6 +59,7 @@ def main() -> None:
         worst = min(report.languages, key=report.languages.__getitem__)
         rows[f"{report.kept} tokens"] = {
             "weights saved": f"{report.parameters / 1e6:.1f}M",
+            "single characters": sum(len(token) == 1 for token in kept),
             "coverage": 100 * sum(report.languages.values()) / len(report.languages),
             "least": f"{worst} {100 * report.languages[worst]:.2f}",
             "sentences": len(texts),
