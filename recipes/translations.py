@@ -3,7 +3,7 @@
 
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -70,11 +70,9 @@ def open_translations(recipe: Any) -> Translations:
     held = _held_out({code: [english[i] for i in places] for code, places in rows.items()}, recipe.held_out, seed)
     parts, dev = {}, {}
     for code, places in rows.items():
-        apart = [i for i in places if normal_form(english[i]) in held]
         # A sentence that stands there twice would have two right answers, of which one counts.
-        firsts = {normal_form(translation[i]): i for i in reversed(apart)}.values()
-        firsts = {normal_form(english[i]): i for i in sorted(firsts, reverse=True)}.values()
-        apart = sorted(firsts)[: recipe.held_out]
+        apart = _firsts([i for i in places if normal_form(english[i]) in held], translation)
+        apart = _firsts(apart, english)[: recipe.held_out]
         dev[code] = ([translation[i] for i in apart], [english[i] for i in apart])
         train = [i for i in places if normal_form(english[i]) not in held]
         if recipe.max_pairs and len(train) > recipe.max_pairs:
@@ -219,6 +217,11 @@ def _held_out(english: Mapping[str, list[str]], count: int, seed: int) -> set[st
         rest = [text for text in distinct if text not in held]
         held |= set(random.Random(f"{seed} {code}").sample(rest, max(wanted, 0)))
     return held
+
+
+def _firsts(places: Sequence[int], texts: Sequence[str]) -> list[int]:
+    """Return the first place of each text in normal form, in order."""
+    return sorted({normal_form(texts[i]): i for i in sorted(places, reverse=True)}.values())
 
 
 def _groups(trained: Mapping[str, int], test: Mapping[str, Pairs]) -> dict[str, list[str]]:
