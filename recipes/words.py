@@ -88,7 +88,8 @@ class EndTasks:
 
 def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
     """Return the teacher that `--teacher` names; it reads what the student reads, or as the dictionary of `--senses` says."""
-    others = ("teacher_int8", "teacher_device_map", "teacher_pooling", "max_vocabulary", "from_scratch", "freeze_embeddings")
+    others = ("teacher_int8", "teacher_device_map", "teacher_pooling", "max_vocabulary", "embedding_dim")
+    others += ("from_scratch", "freeze_embeddings")
     given = [name for name in others if getattr(recipe, name)] + (["teacher"] if len(recipe.teacher) > 1 else [])
     if given:
         raise ValueError(f"multi_sense: {given} are given, expected one teacher, and a student of its tokens, both whole.")

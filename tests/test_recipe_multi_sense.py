@@ -186,8 +186,8 @@ def test_wrong_input_is_refused_before_the_work(run, folder):
         run("--select", "best", output="c")
     with pytest.raises(ValueError, match="k is 0"):
         run("--k", "0", output="d")
-    with pytest.raises(ValueError, match=r"\['freeze_embeddings', 'teacher'\] are given"):
-        run("--freeze_embeddings", "true", "--teacher", other, other, output="f")
+    with pytest.raises(ValueError, match=r"\['embedding_dim', 'teacher'\] are given"):
+        run("--embedding_dim", "5", "--teacher", other, other, output="f")
     narrow = make_backbone(folder / "narrow", hidden_size=8)
     with pytest.raises(ValueError, match="states have 8 dimensions, the senses 16"):
         run("--backbone", narrow, output="e")
