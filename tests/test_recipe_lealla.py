@@ -14,6 +14,8 @@ from transformers import AutoModel, BertConfig, BertTokenizer
 from hf_distill import StudentModel
 from hf_distill.arguments import parse_arguments
 from hf_distill.data import mix_languages, normal_form
+from hf_distill.evaluation import plots
+from hf_distill.evaluation.plots import pyplot
 from hf_distill.layout import check_layout
 
 
@@ -80,6 +82,18 @@ def test_a_thin_student_learns_to_find_translations(run, folder):
     assert (folder / "out" / "languages.png").stat().st_size > 1000
     assert not (folder / "out" / "training_head.safetensors").exists()
     check_layout(folder / "out")
+
+
+def test_languages_are_drawn_in_panels_that_a_page_holds(tmp_path, monkeypatch):
+    scores = {f"{first}{second}a": {"teacher": 50, "student": 40} for first in "abcdefgh" for second in "abcdefgh"}
+    figures = []
+    monkeypatch.setattr(plots, "pyplot", lambda: figures.append(pyplot()) or figures[-1])
+    monkeypatch.setattr(pyplot(), "close", lambda figure: figures.append(figure))
+    plots.draw_languages(tmp_path / "languages.png", scores, sorted(scores)[:41])
+    panels = [([label.get_text() for label in axes.get_xticklabels()], axes.get_title()) for axes in figures[-1].axes]
+    assert [(len(codes), title.split()[0]) for codes, title in panels] == [(21, "trained"), (20, "trained"), (23, "other")]
+    assert [code for codes, _ in panels for code in codes] == sorted(scores)
+    assert figures[-1].get_size_inches()[0] < 12
 
 
 def test_parts_without_weight_are_not_there(run, folder):

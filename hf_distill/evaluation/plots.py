@@ -2,7 +2,8 @@
 """What results.json holds, as plots."""
 
 import importlib
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .tables import BY_DIMENSION, accuracy_by_language, heading, score_keys
 
 
 _MARKERS = "os^vDP*X"
+_PANEL = 40  # languages side by side, readable on a page
 
 
 def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
@@ -51,25 +53,34 @@ def draw_plots(folder: str | Path, results: Mapping[str, Any]) -> list[str]:
         drawn.append("index.png")
     languages = accuracy_by_language(results)
     if languages:
-        draw_languages(folder / "languages.png", languages)
+        draw_languages(folder / "languages.png", languages, results["data"].get("languages", {}))
         drawn.append("languages.png")
     return drawn
 
 
-def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a group of bars a language, those that the first row does best first."""
+def draw_languages(path: Path, languages: Mapping[str, Mapping[str, float]], trained: Container[str]) -> None:
+    """Draw a group of bars a language, those that the first row does best first; the trained ones in panels of their own."""
     plt = pyplot()
     names = list(next(iter(languages.values())))
     order = sorted(languages, key=lambda code: -languages[code][names[0]])
-    figure, axes = plt.subplots(figsize=(max(6, 0.22 * len(order) * len(names) ** 0.5 + 2), 3.5), layout="constrained")
-    for place, name in enumerate(names):
-        shifted = [i + (place - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(order))]
-        axes.bar(shifted, [languages[code][name] for code in order], width=0.8 / len(names), label=name)
-    axes.set_xticks(range(len(order)), order, rotation=90 if len(order) > 12 else 0)
-    axes.set(ylabel="accuracy × 100", title="Translations found, mean of both directions", ylim=(0, 100))
-    axes.margins(x=0.01)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
+    panels: list[tuple[str, list[str]]] = []
+    for title in ("trained languages", "other languages"):
+        codes = [code for code in order if (code in trained) == (title == "trained languages")]
+        if codes:
+            each = math.ceil(len(codes) / math.ceil(len(codes) / _PANEL))
+            panels += [(title, codes[i : i + each]) for i in range(0, len(codes), each)]
+    widest = max(len(codes) for _, codes in panels)
+    size = (max(6, 0.25 * widest + 2), 1 + 2.2 * len(panels))
+    figure, rows = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, codes) in zip(rows[:, 0], panels, strict=True):
+        for place, name in enumerate(names):
+            shifted = [i + (place - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(codes))]
+            axes.bar(shifted, [languages[code][name] for code in codes], width=0.8 / len(names), label=name)
+        axes.set_xticks(range(len(codes)), codes, rotation=90 if widest > 12 else 0)
+        axes.set(ylabel="accuracy × 100", title=title, ylim=(0, 100), xlim=(-0.7, widest - 0.3))
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle("Translations found, mean of both directions")
+    figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
