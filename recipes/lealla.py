@@ -4,13 +4,12 @@
 from dataclasses import dataclass, field
 
 from inputs import begin, open_student, open_teacher
-from translations import open_translations, shape_student, start_student
+from translations import open_target, open_translations, shape_student, start_student
 
 from hf_distill.arguments import TranslationArguments
 from hf_distill.build import LEALLA_SHAPES
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, WeightedLoss
 from hf_distill.runs import last_checkpoint
-from hf_distill.teachers import AnchoredTeacher
 from hf_distill.trainer import DistillationTrainer
 
 
@@ -25,6 +24,9 @@ class LEALLAArguments(TranslationArguments):
     dim: int | None = field(default=None, metadata={"help": "Dimensions of the embedding; the student's width if not given."})
     pooling: str = field(default="cls", metadata={"help": "Of the student: cls (paper), mean or last."})
     activation: str = field(default="tanh", metadata={"help": "Behind the projection: tanh (paper) or identity."})
+    center: bool = field(
+        default=False, metadata={"help": "Subtract the teacher's mean: for one whose vectors all lie near each other."}
+    )
     margin: float = field(default=0.3, metadata={"help": "Of the additive-margin softmax."})
     scale: float = field(default=20.0, metadata={"help": "What its cosines are multiplied by."})
     ams_weight: float = field(default=1.0, metadata={"help": "Weight of the additive-margin softmax; 0 leaves the part out."})
@@ -63,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     student = open_student(recipe, data.corpus, data.languages, **options)
     size = student.num_parameters()  # the training-only head comes on top, and goes
     with report.timed("caching"):
-        teacher.add(data.train["english"], *([] if recipe.anchor else [data.train["translation"]]))
+        target = open_target(recipe, teacher, data.train)
         teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])
-        target = AnchoredTeacher(teacher) if recipe.anchor else teacher
         start_student(recipe, student, data.train, target)
     report.evaluators = data.evaluators
     with report.timed("evaluation"):

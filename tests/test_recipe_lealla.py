@@ -4,19 +4,23 @@ import importlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import WORDS, make_texts
 from datasets import Dataset
 from transformers import AutoModel, BertConfig, BertTokenizer
 
 from hf_distill import StudentModel
 from hf_distill.arguments import parse_arguments
+from hf_distill.cache import TeacherCache
 from hf_distill.data import mix_languages, normal_form
 from hf_distill.evaluation import plots
 from hf_distill.evaluation.plots import pyplot
 from hf_distill.layout import check_layout
+from hf_distill.teachers import EncoderTeacher
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -103,6 +107,21 @@ def test_parts_without_weight_are_not_there(run, folder):
     assert "tatoeba_avg" not in results["rows"]["student"]["scores"]
     assert results["teacher_fingerprint"].get("anchored") is None
     assert "Translations found" in (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_a_centred_teacher_differs_by_its_mean_alone(opened, folder, teacher_folder, anchor):
+    train = opened("--pairs", folder / "pairs").train
+    teacher = TeacherCache(EncoderTeacher(teacher_folder, device="cpu"), folder / "cache")
+    target = importlib.import_module("translations").open_target
+    rows = list(zip(train["english"], train["translation"], strict=True))
+    plain, centred = (
+        target(SimpleNamespace(anchor=anchor, center=center), teacher, train).targets(rows).flatten(0, 1)
+        for center in (False, True)
+    )
+    assert plain.mean(0).norm() > 0.1
+    assert centred.mean(0).norm() < 1e-3  # float16 in the cache
+    assert torch.allclose(torch.cdist(centred, centred), torch.cdist(plain, plain), atol=1e-2)
 
 
 @pytest.fixture
