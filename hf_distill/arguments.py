@@ -112,10 +112,6 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Cut the student's vocabulary to the most frequent tokens of the text, so many."},
     )
-    fill_vocabulary: bool = field(
-        default=False,
-        metadata={"help": "Where the text uses fewer, keep others of its characters up to --max_vocabulary, for other text."},
-    )
     embedding_dim: int | None = field(
         default=None, metadata={"help": "Narrow a BERT student's token table to so many dimensions, with a Linear behind it."}
     )
@@ -163,11 +159,6 @@ class RecipeArguments:
             raise ValueError(
                 f"{type(self).__name__}: {given} are given, expected one of them. They name different students, of which one "
                 "would be made. Leave the others out, of the --config file, too."
-            )
-        if self.fill_vocabulary and not (self.max_vocabulary or getattr(self, "max_params", None)):
-            raise ValueError(
-                f"{type(self).__name__}: fill_vocabulary is True without max_vocabulary, expected how many tokens to keep. The "
-                "whole vocabulary would stay, as without it. Name both."
             )
         for license in (self.license, self.teacher_license):  # not after hours
             require_license(license)

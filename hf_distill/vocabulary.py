@@ -43,7 +43,6 @@ def prune_vocabulary(
     max_tokens: int | None = None,
     languages: Iterable[str] | None = None,
     min_coverage: float = 0.9,
-    fill: bool = False,
 ) -> Pruned:
     """Cut a student's vocabulary, in place, to the tokens that a corpus uses: WordPiece, Unigram or BPE.
 
@@ -55,12 +54,10 @@ def prune_vocabulary(
     Args:
         student: Its token embeddings and tokenizer are replaced, its other weights stay.
         texts: The corpus; read once for counting and once for coverage, so a list or data set column, not a generator.
-        max_tokens: Keep at most so many, the most frequent ones; None for all that are used (with `fill`, all there are).
+        max_tokens: Keep at most so many, the most frequent ones; None for all that are used.
         languages: The language of each text: frequencies are then relative to each language's own, summed, so that a small
             language keeps its tokens beside a large one, and coverage is reported for each.
         min_coverage: A language below it is warned about, in [0, 1].
-        fill: Where the corpus uses fewer, keep others that are written with its characters, too: those that come first in the
-            vocabulary, which trainers write by likelihood. For a student that will read other text.
 
     Raises:
         ValueError: If the tokenizer is of another kind (shorter pieces would not be found the same way), or max_tokens leaves
@@ -76,8 +73,7 @@ def prune_vocabulary(
         path = folder / "tokenizer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = _vocabulary(content)
-        ranked = [i for i, _ in _ranked(counts)]
-        keep = _choose(content, vocabulary, ranked + (_others(vocabulary, ranked) if fill else []), max_tokens)
+        keep = _choose(content, vocabulary, counts, max_tokens)
         place = {old: new for new, old in enumerate(keep)}
         _cut(content, vocabulary, place)
         path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -156,22 +152,17 @@ def _vocabulary(content: dict[str, Any]) -> dict[str, int]:
     return model["vocab"]
 
 
-def _others(vocabulary: dict[str, int], used: list[int]) -> list[int]:
-    """Return the ids of all other tokens that are written with the characters of the used ones, in the vocabulary's order."""
-    known = set(used)
-    characters = {character for token, i in vocabulary.items() if i in known for character in token}
-    return sorted(i for token, i in vocabulary.items() if i not in known and characters.issuperset(token))
-
-
-def _choose(content: dict[str, Any], vocabulary: dict[str, int], ranked: list[int], max_tokens: int | None) -> list[int]:
-    """Return the ids to keep: what always stays, then, while there is room, the first ones with what they are made of."""
+def _choose(
+    content: dict[str, Any], vocabulary: dict[str, int], counts: dict[str | None, Counter[int]], max_tokens: int | None
+) -> list[int]:
+    """Return the ids to keep, in order: what always stays, then the most frequent ones with what they are made of."""
     keep, parts = _always(content, vocabulary), _parts(content["model"], vocabulary)
     if max_tokens is not None and max_tokens < len(keep):
         raise ValueError(
             f"prune_vocabulary: max_tokens is {max_tokens}, expected at least {len(keep)}, the special tokens and single "
             "characters. Words would become unknown. Raise it."
         )
-    for i in ranked:
+    for i, _ in _ranked(counts):
         new = parts(i) - keep
         if max_tokens is None or len(keep) + len(new) <= max_tokens:
             keep |= new

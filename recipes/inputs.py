@@ -97,7 +97,7 @@ def open_student(recipe: Any, corpus: Iterable[str], languages: Iterable[str] | 
         student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]
     if recipe.max_vocabulary:
-        prune_vocabulary(student, list(corpus), recipe.max_vocabulary, languages, fill=recipe.fill_vocabulary)
+        prune_vocabulary(student, list(corpus), recipe.max_vocabulary, languages)
     if recipe.embedding_dim:
         student = narrow_embeddings(student, recipe.embedding_dim)
     student.backbone.get_input_embeddings().requires_grad_(not recipe.freeze_embeddings)

@@ -250,7 +250,6 @@ def test_wrong_pairs_are_refused_before_any_work(run, folder, tmp_path):
             (["--shape", "small"], "expected one of them. They name different students"),
             (["--layers", "0"], r"'layers': \[0\], 'from_scratch': .* expected one of them"),
             (["--language_temperature", "0.5"], "temperature is 0.5"),
-            (["--fill_vocabulary", "true"], "fill_vocabulary is True without max_vocabulary"),
         )
     ):
         with pytest.raises(ValueError, match=message):

@@ -73,18 +73,6 @@ def test_the_most_frequent_tokens_are_kept(wordpiece):
     assert report.whole_texts == 0
 
 
-@pytest.mark.parametrize(("room", "more"), [(0, []), (2, ["cats", "dog"]), (None, ["cats", "dog", "hot"])])
-def test_room_is_filled_with_tokens_of_the_same_characters_the_first_ones_first(wordpiece, room, more):
-    whole, corpus = copy.deepcopy(wordpiece), ["hotdog cat", "dogs"]  # of sun, sea and ##house some letters are not in it
-    used = prune_vocabulary(copy.deepcopy(wordpiece), corpus).kept
-    report = prune_vocabulary(wordpiece, corpus, None if room is None else used + room, fill=True)
-    kept = wordpiece.tokenizer.get_vocab().keys()
-    assert [token for token in PIECES[6:] if token in kept] == sorted(["cat", "dogs", "hotdog", "##s", *more], key=PIECES.index)
-    assert (report.kept, report.coverage) == (used + len(more), 1)
-    texts = ["cat dogs", *more[:2]]
-    assert wordpiece.encode(texts) == pytest.approx(whole.encode(texts), abs=1e-6)
-
-
 def test_too_small_a_vocabulary_is_refused(wordpiece):
     with pytest.raises(ValueError, match=r"max_tokens is 3, expected at least \d+, the special tokens and single"):
         prune_vocabulary(wordpiece, ["sun"], max_tokens=3)
