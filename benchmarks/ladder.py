@@ -79,18 +79,20 @@ LADDERS = {
         },
         TRANSLATIONS,
     ),
-    "choices": climb(  # on dev, of recipes/configs/lealla_e5.yaml: its flags without --tatoeba
+    "choices": climb(  # of recipes/configs/lealla_e5.yaml, on what benchmarks/by_corpus.py wrote: no test
         "lealla",
         {
             "as configured": "",
+            "AMS alone": "--feature_weight 0 --logit_weight 0",
+            "weights 1": "--feature_weight 1 --logit_weight 1",
+            "weights 1, not centred": "--feature_weight 1 --logit_weight 1 --center false",
+            "6 layers, 98,000 tokens": "--layers 0 1 2 3 4 5 --max_vocabulary 98000",
+            "2 layers, table of 160": "--layers 0 1 --embedding_dim 160",
+            "table of 256, 58,000 tokens": "--embedding_dim 256 --max_vocabulary 58000",
             "layers 0 3 7 11": "--layers 0 3 7 11",
             "learning rate 1e-3": "--learning_rate 1e-3",
-            "scale 50": "--scale 50",
-            "AMS alone": "--feature_weight 0 --logit_weight 0",
-            "feature × 10": "--feature_weight 10",
-            "logit × 100": "--logit_weight 100",
         },
-        {"dev": "dev_avg"},
+        {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
     "curve": climb(
         "lealla", {f"{pairs} pairs a language": f"--max_pairs {pairs}" for pairs in (125, 500, 2000, 8000)}, TRANSLATIONS
