@@ -27,7 +27,7 @@ class Ladder:
     """What is compared.
 
     recipe: Its name. rungs: Name -> the flags that differ. scores: Heading -> key. rows: Heading -> (rung, row of its results).
-    reference: The row that the others are a share of, by the last score.
+    reference: The row that the others are a share of. shares: By which scores; by the last one if none is named.
     """
 
     recipe: str
@@ -35,6 +35,7 @@ class Ladder:
     scores: dict[str, str]
     rows: dict[str, tuple[str, str]]
     reference: str = "teacher"
+    shares: tuple[str, ...] = ()
 
 
 def climb(recipe: str, rungs: dict[str, str], scores: dict[str, str]) -> Ladder:
@@ -99,7 +100,7 @@ LADDERS = {
     ),
     "senses": Ladder(
         "multi_sense",
-        {"senses": "", "states": "--sense_weight 0 --state_weight 1"},
+        {"senses": "--all_labels false", "states": "--all_labels false --sense_weight 0 --state_weight 1"},
         {"STS avg": "sts_avg", "WiC": "wic", "SST-2": "sst2_few", "TREC": "trec_few", "end avg": "end_avg"},
         {
             "teacher": ("senses", "teacher"),
@@ -110,6 +111,7 @@ LADDERS = {
             "student of senses": ("senses", "student, without senses"),
             "student of senses, replaced": ("senses", "student"),
         },
+        shares=("STS avg", "SST-2", "TREC", "end avg"),
     ),
 }
 
@@ -146,9 +148,12 @@ def main() -> None:
         heading: cells([results["rows"][row] for results in runs[rung]], ladder.scores)
         for heading, (rung, row) in ladder.rows.items()
     }
-    last = [heading for heading in ladder.scores if heading in rows[ladder.reference]][-1]
+    measured = rows[ladder.reference].copy()
+    last = [heading for heading in ladder.scores if heading in measured][-1]
     for cell in rows.values():
-        cell[f"of the {ladder.reference}"] = 100 * cell[last] / rows[ladder.reference][last]
+        for heading in ladder.shares or (last,):
+            name = f"{heading}, of the {ladder.reference}" if ladder.shares else f"of the {ladder.reference}"
+            cell[name] = 100 * cell[heading] / measured[heading]
     made = {rung: [results["provenance"] for results in found] for rung, found in runs.items()}
     results = {"table": rows, "seeds": options.seeds, "runs": made, "provenance": provenance(options.seeds[0])}
     write_results(ROOT / "recipes" / "results", results, f"{options.name}_{options.ladder}")

@@ -2,8 +2,8 @@
 """What senses cost in time: `python benchmarks/senses_speed.py --max_texts 4000`.
 
 Making a dictionary beside encoding the same texts plainly, and replacing the states of a batch beside the forward pass that
-makes them, in turn, on one machine; the ratios of single rounds. Takes the recipe's flags. Writes
-recipes/results/senses_speed.json.
+makes them by each selection, in turn, on one machine; the ratios of single rounds. Takes the recipe's flags. Writes
+recipes/results/senses_speed_<teacher>.json.
 """
 
 import logging
@@ -20,6 +20,7 @@ from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.evaluation.report import provenance, write_results
 from hf_distill.evaluation.tables import table
 from hf_distill.sense_builder import build_senses
+from hf_distill.senses import SELECTIONS
 from hf_distill.token_teacher import TokenTeacher
 
 
@@ -39,9 +40,12 @@ def main() -> None:
     recipe, args = parse_arguments(MultiSenseArguments, DistillationTrainingArguments, **defaults)
     fill_in(recipe)
     texts = list(training_texts(recipe, args, []).all())
-    teacher = TokenTeacher(recipe.teacher[0], max_length=recipe.teacher_max_length)
+    options = {"layer": -1 if recipe.teacher_layer is None else recipe.teacher_layer, "bidirectional": recipe.bidirectional}
+    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, max_length=recipe.teacher_max_length, **options)
+    teacher.name = recipe.teacher_name or teacher.name
     teacher.encode(texts[:200])  # warm
-    plain, build, forward, replace, made = [], [], [], [], []
+    plain, build, forward, made = [], [], [], []
+    replace: dict[str, list[float]] = {select: [] for select in SELECTIONS}
     settings = (recipe.k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size)
     for _ in range(ROUNDS):
         plain.append(seconds(lambda: teacher.encode(texts, batch_size=recipe.teacher_batch_size)))
@@ -52,13 +56,13 @@ def main() -> None:
     for _ in range(ROUNDS):
         found = []
         forward.append(seconds(lambda found=found: found.extend(teacher.read(batch) for batch in batches)))
-        replace.append(seconds(lambda found=found: [dictionary.lookup(*batch, recipe.select) for batch in found]))
-    rows = {
-        "building / encoding, speed": ratios(plain, build),
-        "replacing / forward pass, time": ratios(replace, forward),
-    }
-    facts = {"texts": len(texts), "senses": len(dictionary.senses), "k": recipe.k, "select": recipe.select}
-    write_results(RECIPES / "results", {"table": rows, **facts, "provenance": provenance(args.seed)}, "senses_speed")
+        for select, times in replace.items():
+            times.append(seconds(lambda found=found, by=select: [dictionary.lookup(*batch, by) for batch in found]))
+    rows = {"building / encoding, speed": ratios(plain, build)}
+    rows |= {f"replacing by {select} / forward pass, time": ratios(times, forward) for select, times in replace.items()}
+    facts = {"teacher": teacher.name, "dtype": str(teacher.dtype), "texts": len(texts), "senses": len(dictionary.senses)}
+    results = {"table": rows, **facts, "k": recipe.k, "provenance": provenance(args.seed)}
+    write_results(RECIPES / "results", results, f"senses_speed_{Path(teacher.name).name.lower()}")
     print(table(rows))
 
 

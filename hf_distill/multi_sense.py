@@ -21,7 +21,7 @@ class MultiSenseOutput(StudentOutput):
     """What `MultiSenseStudent.forward` returns beside `StudentOutput`.
 
     states: [N, T, D], token states in the teacher's space, before replacement. sense_scores: [N, T, K], how well each sense
-    of each token fits, -inf for none.
+    of each token fits, -inf for none; None where nothing is replaced.
     """
 
     states: Tensor | None = None
@@ -142,11 +142,11 @@ class MultiSenseStudent(StudentModel):
             states = hidden.float() if self.dtype == torch.float32 else hidden
             states = states if self.projection is None else self.projection(states)
             found = MultiSenseOutput(**output, states=states)
-            if self.dictionary is None or (self.training and not self.scored_in_training):
+            if self.dictionary is None or not (self.scored_in_training if self.training else self.replace):
                 return found
             scores = self.dictionary.all_scores(states, input_ids, mask, self.settings["senses"]["select"])
             found["sense_scores"] = scores
-            if self.replace and not self.training:
+            if not self.training:
                 replaced, _ = self.dictionary.take(states, input_ids, scores)
                 found["projected"] = pool(replaced, mask, self.settings["pooling"])
                 unit = self.settings["normalize"]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.utils import cached_file
 
 SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
-_NUMBERS = 1 << 26  # of candidates that are gathered at a time, [tokens, K, D]: 256 MB, in training, too
+_NUMBERS = 1 << 25  # of candidates that are gathered at a time, [tokens, K, D]: 64 MB, and 128 in float32; in training, too
 _PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 
 
@@ -62,27 +63,27 @@ class SenseDictionary:
         self.senses, self.offsets, self.counts = senses, offsets.long(), counts.long()
         self.facts, self.tokenizer = dict(facts), tokenizer
         self.most = max(1, int(self.offsets.diff().max()))
-        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._placed: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def dim(self) -> int:
         """Length D of a sense."""
         return self.senses.shape[1]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A digest of every sense, and of whose they are."""
         found = hashlib.sha256(self.offsets.cpu().numpy().tobytes())
         found.update(self.senses.cpu().numpy().tobytes())
         return found.hexdigest()[:20]
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (senses, offsets) on a device."""
-        if device == self.senses.device:
-            return self.senses, self.offsets
-        if device not in self._elsewhere:
-            self._elsewhere[device] = (self.senses.to(device), self.offsets.to(device))
-        return self._elsewhere[device]
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (senses, offsets, squared lengths of the senses) on a device."""
+        if device not in self._placed:
+            senses = self.senses.to(device)
+            squares = torch.cat([part.float().square().sum(-1) for part in senses.split(1 << 16)])
+            self._placed[device] = (senses, self.offsets.to(device), squares)
+        return self._placed[device]
 
     def of(self, token: int) -> Tensor:
         """Return the senses of a token, [k, D] float32; k may be 0."""
@@ -90,7 +91,7 @@ class SenseDictionary:
 
     def known(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return which tokens have senses: a boolean tensor of the shape of ids; padding (mask 0) has none."""
-        _, offsets = self._on(ids.device)
+        _, offsets, _ = self._on(ids.device)
         found = offsets[ids + 1] > offsets[ids]
         return found if mask is None else found & mask.bool()
 
@@ -113,7 +114,7 @@ class SenseDictionary:
                 f"SenseDictionary: states of {states.shape[-1]} dimensions for senses of {self.dim}, selected by {select!r}, "
                 f"expected as many, and one of {SELECTIONS}. Project the student's states to the teacher's width."
             )
-        senses, offsets = self._on(states.device)
+        senses, offsets, squares = self._on(states.device)
         known = self.known(ids, mask)
         rows, first = states[known].float(), offsets[ids[known]]
         number = offsets[ids[known] + 1] - first
@@ -122,7 +123,7 @@ class SenseDictionary:
         size = max(1, _NUMBERS // (self.most * self.dim))
 
         def fit(part: Tensor, candidates: Tensor) -> Tensor:
-            return _fit(part, senses[candidates].float(), select)
+            return _fit(part, senses[candidates].float(), squares[candidates], select)
 
         # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
         apart = {"use_reentrant": False, "preserve_rng_state": False}
@@ -142,7 +143,7 @@ class SenseDictionary:
             ids: [N, T].
             scores: [N, T, K], of `all_scores`.
         """
-        senses, offsets = self._on(states.device)
+        senses, offsets, _ = self._on(states.device)
         known = scores[..., 0] > -torch.inf
         chosen = torch.where(known, scores.argmax(-1), -1)
         replaced = states.clone()
@@ -251,11 +252,13 @@ def require_same_tokens(tokenizer: Any, other: Any) -> None:
     )
 
 
-def _fit(states: Tensor, candidates: Tensor, select: str) -> Tensor:
-    """Return [M, K] of states [M, D] and candidates [M, K, D]."""
+def _fit(states: Tensor, candidates: Tensor, squares: Tensor, select: str) -> Tensor:
+    """Return [M, K] of states [M, D], candidates [M, K, D] and their squared lengths [M, K]."""
     if select == "cos":
-        states, candidates = functional.normalize(states, dim=-1), functional.normalize(candidates, dim=-1)
+        states = functional.normalize(states, dim=-1)
     products = torch.einsum("md,mkd->mk", states, candidates)
+    if select == "cos":
+        return products / squares.sqrt().clamp(min=1e-12)
     if select == "l2":
-        return 2 * products - candidates.square().sum(-1) - states.square().sum(-1, keepdim=True)
+        return 2 * products - squares - states.square().sum(-1, keepdim=True)
     return products

@@ -37,6 +37,7 @@ class MultiSenseArguments(TextArguments):
     words: str | None = field(default=None, metadata={"help": "Table of word similarity: word1, word2, score, set."})
     wic: str | None = field(default=None, metadata={"help": "Folder of Word-in-Context: train, dev, test."})
     classification: str | None = field(default=None, metadata={"help": "Folder of <name>-train and <name>-test: text, label."})
+    all_labels: bool = field(default=True, metadata={"help": "Classify with all labels, too, beside 8 texts a label."})
     split: str = field(default="test", metadata={"help": "Of the last two, what is scored: test, or dev to choose on."})
 
     def __post_init__(self) -> None:

@@ -47,11 +47,12 @@ class EndTasks:
     """
 
     def __init__(self, recipe: Any, report: RunReport) -> None:
-        folder, split = recipe.classification, recipe.split
+        folder, split, full = recipe.classification, recipe.split, recipe.all_labels
         names = sorted({path.name.split("-")[0] for path in Path(folder).glob("*-train.*")}) if folder else []
         if folder and not names:
             raise FileNotFoundError(f"multi_sense: no file *-train.* in {folder}, expected <name>-train and <name>-{split}.")
-        report.evaluators = [*sts_evaluators(recipe), *(ClassificationEvaluator(folder, name, split) for name in names)]
+        classes = (ClassificationEvaluator(folder, name, split, full=full) for name in names)
+        report.evaluators = [*sts_evaluators(recipe), *classes]
         self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
         sets = STS_SETS if recipe.sts else STS_DEV_SETS  # beside the tests, dev is no task of its own
         self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
@@ -173,8 +174,9 @@ def student_states(student: MultiSenseStudent, replace: bool) -> States:
     def states(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
         inputs = student.tokenizer(batch, **options).to(student.device)
+        student.replace = replace
         output = student.eval()(**inputs)
-        found = output.states
+        student.replace, found = True, output.states
         if replace:
             found, _ = student.dictionary.take(found, inputs["input_ids"], output.sense_scores)
         return found.float().cpu(), inputs["attention_mask"].cpu()
@@ -205,7 +207,7 @@ def explain_words(recipe: Any, args: Any, source: SenseTeacher, texts: Iterable[
     texts = list(texts)
     for word in recipe.explained:
         try:
-            explained = explain(word, source.dictionary, source.teacher, texts)
+            explained = explain(word, source.dictionary, source.teacher, texts, select=source.select)
             explained.draw(folder / f"{word}.png")
         except ValueError as error:  # a word of several tokens, or one that the texts hardly hold
             logger.warning(str(error))

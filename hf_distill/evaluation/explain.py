@@ -85,6 +85,7 @@ def explain(
     contexts: int = 3,
     neighbours: int = 5,
     most: int = 500,
+    select: str | None = None,
 ) -> Explanation:
     """Return a word's senses, so that people can look before they trust: what stands near each, and where it occurs.
 
@@ -96,6 +97,7 @@ def explain(
         contexts: How many a sense, those closest to it.
         neighbours: How many other tokens a sense, those with a sense of highest cosine.
         most: Occurrences that are looked at.
+        select: How a sense is chosen; as the dictionary says if not given.
 
     Raises:
         ValueError: If the word is several tokens, or has no sense, or the teacher is another than the dictionary's.
@@ -113,7 +115,7 @@ def explain(
     near = _near(dictionary, token, senses, neighbours)
     states, chosen, shown = [], [], []
     if teacher is not None:
-        source = SenseTeacher(teacher, dictionary, dictionary.facts.get("select", "dot"))
+        source = SenseTeacher(teacher, dictionary, select or dictionary.facts.get("select", "dot"))
         states, chosen, shown = _occurrences(token, source, texts, most)
     states = np.array(states, np.float32).reshape(-1, dictionary.dim)
     chosen = np.array(chosen, np.int64)

@@ -125,8 +125,7 @@ class ClassificationEvaluator:
         test: Split that is scored: "test", or "dev" to choose on; without <name>-dev, a tenth of the training texts are that.
         shots: Texts a label.
         draws: Random draws.
-        full: Whether to train on all, too.
-        most: Training texts, drawn at random, if there are more; None for all.
+        full: Whether to train on all, too; if not, only the drawn training texts are encoded.
 
     Raises:
         ValueError: If a column is missing.
@@ -140,7 +139,6 @@ class ClassificationEvaluator:
         shots: int = 8,
         draws: int = 10,
         full: bool = True,
-        most: int | None = None,
     ) -> None:
         self.name, self.shots, self.draws, self.full = name, shots, draws, full
         self.train = load_texts(_file(Path(source), f"{name}-train"))
@@ -150,29 +148,30 @@ class ClassificationEvaluator:
             self.test = load_texts(_file(Path(source), f"{name}-{test}"))
         for rows in (self.train, self.test):
             _require(rows, {"text", "label"}, source)
-        if most is not None and len(self.train) > most:
-            self.train = self.train.select(sorted(np.random.default_rng(0).permutation(len(self.train))[:most]))
 
     def texts(self) -> list[str]:
         """Return the distinct texts of the test: what the leak check compares with."""
         return list(dict.fromkeys(self.test["text"]))
 
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Return {"<name>_few": accuracy, "<name>_few_std": over draws, "<name>_full": accuracy}."""
+        """Return {"<name>_few": accuracy, "<name>_few_std": over draws}, and with `full` {"<name>_full": accuracy}."""
         from sklearn.linear_model import LogisticRegression
 
-        train, test = (np.asarray(encode(list(rows["text"])), np.float32) for rows in (self.train, self.test))
         known, wanted = (np.asarray(list(map(str, rows["label"]))) for rows in (self.train, self.test))
-
-        def accuracy(places: np.ndarray) -> float:
-            model = LogisticRegression(max_iter=1000).fit(train[places], known[places])
-            return 100 * float((model.predict(test) == wanted).mean())
-
-        found = []
+        drawn = []
         for draw in range(self.draws):
             order = np.random.default_rng(draw).permutation(len(known))
-            places = np.concatenate([order[known[order] == label][: self.shots] for label in sorted(set(known))])
-            found.append(accuracy(places))
+            drawn.append(np.concatenate([order[known[order] == label][: self.shots] for label in sorted(set(known))]))
+        # Of a large set few texts are drawn: the others are read for the full score alone.
+        read = np.arange(len(known)) if self.full else np.unique(np.concatenate(drawn))
+        train = np.asarray(encode(list(self.train.select(read)["text"])), np.float32)
+        test = np.asarray(encode(list(self.test["text"])), np.float32)
+
+        def accuracy(places: np.ndarray) -> float:
+            model = LogisticRegression(max_iter=1000).fit(train[np.searchsorted(read, places)], known[places])
+            return 100 * float((model.predict(test) == wanted).mean())
+
+        found = [accuracy(places) for places in drawn]
         scores = {f"{self.name}_few": float(np.mean(found)), f"{self.name}_few_std": float(np.std(found))}
         return scores | ({f"{self.name}_full": accuracy(np.arange(len(known)))} if self.full else {})
 

@@ -136,7 +136,18 @@ def test_classes_are_found_from_few_labels_and_from_all(tmp_path):
     assert set(scores) == {"made_few", "made_few_std", "made_full"}
     assert ClassificationEvaluator(tmp_path, "made", draws=3)(lambda texts: np.zeros((len(texts), 2)))["made_full"] == 50
     assert ClassificationEvaluator(tmp_path, "made", "dev", draws=1)(encode)["made_full"] == 0
-    assert len(ClassificationEvaluator(tmp_path, "made", most=10).train) == 10
+    read = []
+
+    def still(texts):
+        read.extend(texts)
+        return np.array([[len(text), text[0] == "x"] for text in texts], float)
+
+    every = ClassificationEvaluator(tmp_path, "made", draws=2, shots=3)(still)
+    assert len(read) == 60 + 20
+    read.clear()
+    few = ClassificationEvaluator(tmp_path, "made", draws=2, shots=3, full=False)(still)
+    assert few == {key: value for key, value in every.items() if key != "made_full"}
+    assert 6 + 20 < len(read) <= 12 + 20
     with pytest.raises(FileNotFoundError, match=r"0 files other-train\.\*"):
         ClassificationEvaluator(tmp_path, "other")
 
