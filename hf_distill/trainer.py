@@ -331,7 +331,7 @@ class DistillationTrainer(Trainer):
                     adapter.unlink()
                 merged(model).save_pretrained(folder)
             write_run(folder, self.run_facts)
-            if isinstance(self.teacher, ProjectedTeacher):
+            if isinstance(self.teacher, ProjectedTeacher) and _in_its_space(self.loss, self.inherited):
                 self.teacher.projection.save_pretrained(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -503,8 +503,7 @@ def _require_teachers(
             f"{wanted} of the teacher with them, expected as many (None for no head). The head would learn nothing, or nothing "
             "be learned through it. Call student.add_training_head(teacher.dim) if, and only if, the loss looks at `feature`."
         )
-    compared = {*loss.as_wide, *(["embedding"] if inherited else [])} - {"feature"}
-    if compared and teacher.dim != student.dim:
+    if _in_its_space(loss, inherited) and teacher.dim != student.dim:
         raise ValueError(
             f"DistillationTrainer: the student gives {student.dim} dimensions, the teacher {teacher.name} {teacher.dim}, "
             f"expected as many. Make the student with projection_dim={teacher.dim}, or reduce the teacher: "
@@ -515,3 +514,8 @@ def _require_teachers(
             f"DistillationTrainer: {type(loss).__name__} looks at {list(loss.outputs)}, but the columns {list(inherited)} are "
             "inherited, expected embeddings. A teacher's vector has no token states. Let the student read them."
         )
+
+
+def _in_its_space(loss: Any, inherited: Any) -> bool:
+    """Return whether a student's embeddings come to lie in the teacher's space: not behind a head, or by cosines alone."""
+    return bool({*loss.as_wide, *(["embedding"] if inherited else [])} - {"feature"})

@@ -109,6 +109,13 @@ def test_parts_without_weight_are_not_there(run, folder):
     assert "Translations found" in (folder / "out" / "README.md").read_text()
 
 
+def test_what_a_centred_teacher_went_through_does_not_lead_to_the_student(run, folder):
+    results = run("--center", "true", "--max_steps", "1")
+    assert results["teacher_fingerprint"]["projection"]["center"] is True
+    assert not (folder / "out" / "teacher_projection.safetensors").exists()
+    assert "teacher_projection" not in (folder / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("anchor", [False, True])
 def test_a_centred_teacher_differs_by_its_mean_alone(opened, folder, teacher_folder, anchor):
     train = opened("--pairs", folder / "pairs").train
