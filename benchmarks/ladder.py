@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--reranker")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("flags", nargs="*", help="of the recipe, behind --")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     ladder = LADDERS[options.ladder]
     folder = ROOT / "outputs" / f"{options.name}_{options.ladder}"
     runs: dict[str, list[dict[str, Any]]] = {}
