@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -378,6 +378,7 @@ class EncoderTeacher(Teacher):
                 f"EncoderTeacher: {name} is missing {len(lost)} weights ({lost[0]}, ...), expected a whole checkpoint. "
                 "Targets would come from random weights. Fetch it again."
             )
+        self._absent = info["missing_keys"]
         longest = longest_input(self.model, self.tokenizer)
         self.max_length = min(max_length or layout["max_length"] or longest, longest)
         self.heads = [load_dense(self.folder / path, str(name)) for path in layout["dense"]]
@@ -428,7 +429,7 @@ class EncoderTeacher(Teacher):
         state = self.model.state_dict()
         if any(value.is_meta for value in state.values()):  # parts of it were left on disk
             state = get_state_dict_offloaded_model(self.model)
-        return state
+        return present(state, self._absent)
 
     @torch.no_grad()  # not inference_mode: a live teacher's targets go into a loss that is differentiated
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
@@ -504,6 +505,11 @@ def fingerprint(teacher: Any, states: Iterable[Mapping[str, Tensor]], **settings
     """
     digests = {"weights": weights_digest(states), "tokenizer": tokenizer_digest(teacher.tokenizer)}
     return {**digests, **settings, "max_length": teacher.max_length, "dtype": str(teacher.dtype).removeprefix("torch.")}
+
+
+def present(state: Mapping[str, Tensor], absent: Collection[str]) -> dict[str, Tensor]:
+    """Return the weights less those that the checkpoint lacks: a pooler that is not used is another on every opening."""
+    return {key: value for key, value in state.items() if key not in absent}
 
 
 def weights_digest(states: Iterable[Mapping[str, Tensor]]) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .senses import SELECTIONS, SenseDictionary
 from .student import encode_sorted, load_safe, longest_input, pool
-from .teachers import Teacher, fetch, fingerprint, has_fast_bf16, license_of
+from .teachers import Teacher, fetch, fingerprint, has_fast_bf16, license_of, present
 
 
 class TokenTeacher(Teacher):
@@ -70,7 +70,7 @@ class TokenTeacher(Teacher):
                 f"TokenTeacher: {name} lacks {len(lost)} weights ({lost[:1]}), layer is {layer} of {total}, expected a whole "
                 f"checkpoint and a layer from {-total - 1} to {total}. States would be random, or others than asked for."
             )
-        self.layer, self.bidirectional = layer, bidirectional
+        self.layer, self.bidirectional, self._absent = layer, bidirectional, info["missing_keys"]
         self.max_length = min(max_length or 10**9, longest_input(self.model, self.tokenizer))
         self.model.to(self.device).eval().requires_grad_(False)
         self.dim = self.model.config.hidden_size
@@ -86,7 +86,7 @@ class TokenTeacher(Teacher):
         """Everything that changes a state: a digest of weights and tokenizer, and each setting."""
         if self._fingerprint is None:
             settings = {"layer": self.layer, "bidirectional": self.bidirectional}
-            self._fingerprint = fingerprint(self, [self.model.state_dict()], **settings)
+            self._fingerprint = fingerprint(self, [present(self.model.state_dict(), self._absent)], **settings)
         return self._fingerprint
 
     def tokens(self, texts: list[str]) -> list[Any]:

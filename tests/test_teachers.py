@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_distill import EncoderTeacher, JointTeacher, PCAProjection, StudentModel, Teacher, TeacherCache
 from hf_distill.teachers import AnchoredTeacher, TwoTowerTeacher, fetch
+from hf_distill.token_teacher import TokenTeacher
 
 
 def change(folder, file, **settings):
@@ -69,7 +70,14 @@ def test_own_pooler_of_a_plain_model(backbone_folder, tmp_path):
     assert torch.allclose(teacher.encode(["a quick fox"]), expected, atol=1e-6)
     AutoModel.from_pretrained(backbone_folder, add_pooling_layer=False).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    EncoderTeacher(tmp_path, pooling="cls")
+    torch.manual_seed(1)
+    first = [EncoderTeacher(tmp_path, pooling="cls"), TokenTeacher(tmp_path)]
+    torch.manual_seed(2)  # the pooler, of which there are no weights, is another one, and not used
+    again = [EncoderTeacher(tmp_path, pooling="cls"), TokenTeacher(tmp_path)]
+    assert not torch.equal(first[0].model.pooler.dense.weight, again[0].model.pooler.dense.weight)
+    assert [teacher.fingerprint for teacher in first] == [teacher.fingerprint for teacher in again]
+    whole = EncoderTeacher(backbone_folder, pooling="cls").fingerprint["weights"]
+    assert whole != first[0].fingerprint["weights"]  # a pooler that is there counts
     with pytest.raises(ValueError, match=r"missing 2 weights \(pooler.dense"):
         EncoderTeacher(tmp_path, pooling="pooler")
 
