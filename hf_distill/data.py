@@ -136,6 +136,27 @@ def _kind(path: Path) -> str | None:
     return kind if kind in _READERS else None
 
 
+def only_file(folder: Path, stem: str, who: str) -> Path:
+    """Return the file of a folder with this stem, whatever its kind.
+
+    Args:
+        folder: Of tests, a file each.
+        stem: "sts12" for sts12.tsv.gz.
+        who: Asks for it, as errors name it.
+
+    Raises:
+        FileNotFoundError: If there is none, or several: the mean of the others would be read as the mean of all.
+    """
+    found = sorted(path for path in folder.glob(f"{stem}.*") if path.is_file())
+    if len(found) != 1:
+        have = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
+        raise FileNotFoundError(
+            f"{who}: {len(found)} files {stem}.* in {folder} ({have}), expected one. A mean without it would be read as the "
+            "mean of all sets. Add it, or leave one."
+        )
+    return found[0]
+
+
 def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
     """Return the text columns in order: those named, or all but `label`, `score` and `language`.
 

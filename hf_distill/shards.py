@@ -26,7 +26,7 @@ def keys_of(texts: Iterable[str], first_row: int = 0) -> np.ndarray:
     for row, text in enumerate(texts, first_row):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"TeacherCache: row {row} is {text!r}, expected a non-empty string. A target for it would be noise. Drop "
+                f"texts: row {row} is {text!r}, expected a non-empty string. A target for it would be noise. Drop "
                 "such rows: dataset.filter(lambda row: row['text'] and row['text'].strip())."
             )
         digests.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY.itemsize).digest())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import load_texts
+from ..data import load_texts, only_file
 from .metrics.cosine_spearman import cosine_spearman, cosines, rank_correlation
 from .metrics.embedding_fidelity import embedding_fidelity
 from .uncertainty import interval
@@ -54,7 +54,7 @@ class STSEvaluator:
         self._last: dict[str, np.ndarray] = {}  # cosines of the pairs, by set
         self.sets: dict[str, tuple[list[str], list[str], np.ndarray]] = {}
         for name, (file, hub_id, split) in (sets or STS_SETS).items():
-            rows = load_texts(_file(Path(source), file) if source else hub_id, split=split)
+            rows = load_texts(only_file(Path(source), file, "STSEvaluator") if source else hub_id, split=split)
             missing = {"sentence1", "sentence2", "score"} - set(rows.column_names)
             if missing:
                 raise ValueError(f"STSEvaluator: {name} has columns {rows.column_names}, but not {sorted(missing)}.")
@@ -93,17 +93,6 @@ class STSEvaluator:
             for own, human in both.values()
         ]
         return {"sts_avg" if len(parts) > 1 else f"sts_{next(iter(self.sets))}": interval(parts)} if parts else {}
-
-
-def _file(folder: Path, stem: str) -> Path:
-    found = sorted(path for path in folder.glob(f"{stem}.*") if path.is_file())
-    if len(found) != 1:
-        have = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
-        raise FileNotFoundError(
-            f"STSEvaluator: {len(found)} files {stem}.* in {folder} ({have}), expected one with sentence1, sentence2, score. "
-            "A mean without it would be read as the mean of all sets. Add it."
-        )
-    return found[0]
 
 
 class FidelityEvaluator:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from ..data import load_texts
+from ..data import load_texts, only_file
 
 
 Encode = Callable[[list[str]], Any]
@@ -73,7 +73,7 @@ class WiCEvaluator:
     def __init__(self, source: str | Path, tune: str = "train", test: str = "test") -> None:
         self.splits = {}
         for split in (tune, test):
-            rows = load_texts(_file(Path(source), split))
+            rows = load_texts(only_file(Path(source), split, "WiCEvaluator"))
             _require(rows, {"sentence1", "sentence2", "index1", "index2", "label"}, source)
             self.splits[split] = rows
         self.tune, self.test = tune, test
@@ -141,11 +141,11 @@ class ClassificationEvaluator:
         full: bool = True,
     ) -> None:
         self.name, self.shots, self.draws, self.full = name, shots, draws, full
-        self.train = load_texts(_file(Path(source), f"{name}-train"))
+        self.train = load_texts(only_file(Path(source), f"{name}-train", "ClassificationEvaluator"))
         if test == "dev" and not any(Path(source).glob(f"{name}-dev.*")):
             self.train, self.test = self.train.train_test_split(0.1, seed=0).values()
         else:
-            self.test = load_texts(_file(Path(source), f"{name}-{test}"))
+            self.test = load_texts(only_file(Path(source), f"{name}-{test}", "ClassificationEvaluator"))
         for rows in (self.train, self.test):
             _require(rows, {"text", "label"}, source)
 
@@ -221,13 +221,6 @@ def _require(rows: Any, columns: set[str], source: str | Path) -> None:
     missing = columns - set(rows.column_names)
     if missing:
         raise ValueError(f"word_sense: {source} has the columns {rows.column_names}, but not {sorted(missing)}.")
-
-
-def _file(folder: Path, stem: str) -> Path:
-    found = sorted(path for path in folder.glob(f"{stem}.*") if path.is_file())
-    if len(found) != 1:
-        raise FileNotFoundError(f"word_sense: {len(found)} files {stem}.* in {folder}, expected one.")
-    return found[0]
 
 
 def word_tokens(dictionary: Any, word: str) -> list[int]:
