@@ -34,20 +34,28 @@ def from_scratch(
         **settings: pooling, projection_dim, ... as `StudentModel.from_backbone` takes them, and attn_implementation.
 
     Raises:
-        ValueError: If the heads do not divide hidden_size.
+        ValueError: If the heads do not divide hidden_size, or the tokenizer has no token to pad with.
     """
     if hidden_size % heads:
         raise ValueError(
             f"from_scratch: {heads} heads for {hidden_size} dimensions, expected a divisor: heads are of one width."
         )
     shared = AutoTokenizer.from_pretrained(tokenizer)
+    shared.padding_side = "right"  # or a token's place, and so the embedding, would depend on the batch
+    padding = shared.pad_token_id  # of a token of its own, whose row learns nothing
+    shared.pad_token = shared.pad_token or shared.eos_token
+    if shared.pad_token is None:
+        raise ValueError(
+            f"from_scratch: the tokenizer of {tokenizer} has neither a padding nor an end token, expected one. Texts of "
+            "different lengths make no batch. Set its pad_token and save it."
+        )
     config = BertConfig(
         vocab_size=len(shared),
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=intermediate_size,
-        pad_token_id=shared.pad_token_id,
+        pad_token_id=padding,
         attn_implementation=settings.pop("attn_implementation", None),
     )
     model = StudentModel.from_parts(AutoModel.from_config(config), shared, layers=list(range(layers)), **settings)

@@ -181,6 +181,7 @@ def _always(content: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
         # An unknown character counts as the unlikeliest token less a constant: were that one gone, texts with one could be
         # cut otherwise.
         keep.add(min(range(len(model["vocab"])), key=lambda i: model["vocab"][i][1]))
+        keep |= {model["unk_id"]} - {None}
     return keep | ({vocabulary[model["unk_token"]]} if model.get("unk_token") in vocabulary else set())
 
 
@@ -263,11 +264,11 @@ def _renumber(processor: dict[str, Any] | None, place: dict[int, int]) -> None:
 
 @torch.no_grad()
 def _keep_rows(student: StudentModel, keep: list[int], place: dict[int, int]) -> None:
-    old = student.backbone.get_input_embeddings()
-    padding = None if old.padding_idx is None else place[old.padding_idx]
-    new = nn.Embedding(len(keep), old.embedding_dim, padding, device=old.weight.device, dtype=old.weight.dtype)
-    new.weight.copy_(old.weight[keep])
-    student.backbone.set_input_embeddings(new)
+    table = student.backbone.get_input_embeddings()  # stays what it is: Gemma's scales what it looks up
+    table.weight = nn.Parameter(table.weight[keep], requires_grad=table.weight.requires_grad)
+    table.num_embeddings = len(keep)
+    if table.padding_idx is not None:
+        table.padding_idx = place[table.padding_idx]
     for config in {id(c): c for c in (student.config, student.backbone.config)}.values():
         config.vocab_size = len(keep)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_backbone, make_texts
+from sentence_transformers import SentenceTransformer
 from torch.nn.functional import pdist
-from transformers import AutoModel, BertConfig
+from transformers import AutoTokenizer
 
 from hf_distill import StudentModel
 from hf_distill.build import LEALLA_SHAPES, from_scratch, narrow_embeddings, plan, start_embeddings
@@ -24,21 +25,38 @@ def test_a_student_from_scratch_has_the_shape_asked_for_and_opens_everywhere(bac
     assert torch.equal(StudentModel.from_pretrained(tmp_path).projection.weight, student.projection.weight)
 
 
+def test_a_tokenizer_that_pads_on_the_left_or_not_at_all(backbone_folder, tmp_path):
+    """BERT counts places from the first token: padded on the left, a text's embedding would depend on its batch."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone_folder, padding_side="left", pad_token=None, eos_token="[SEP]")
+    tokenizer.save_pretrained(tmp_path / "left")
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", None)
+    student = from_scratch(str(tmp_path / "left"), 8, 2, 2, 16, projection_dim=8, pooling="cls", dropout=0.0)
+    student.save_pretrained(tmp_path / "student")
+    texts = ["a cat sat", "the old house and the cat that sat on the mat"]
+    opened = (student, StudentModel.from_pretrained(tmp_path / "student"), SentenceTransformer(str(tmp_path / "student")))
+    for model in opened:
+        assert model.encode(texts)[0] == pytest.approx(model.encode(texts[:1])[0], abs=1e-6)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="neither a padding nor an end token"):
+        from_scratch(str(tmp_path / "none"), 8, 2, 2, 16)
+
+
 def test_heads_that_do_not_divide_the_width(backbone_folder):
     with pytest.raises(ValueError, match="3 heads for 8 dimensions"):
         from_scratch(backbone_folder, 8, 1, 3, 8)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("small", 69.0), ("base", 107.0), ("large", 147.4)])
-def test_lealla_shapes_have_the_papers_sizes_with_labses_vocabulary(name, millions):
+def test_lealla_shapes_have_the_papers_sizes_with_labses_vocabulary(backbone_folder, name, millions):
     hidden, layers, heads, ffn = LEALLA_SHAPES[name]
-    config = BertConfig(
-        vocab_size=501_153, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ffn
-    )
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        student = from_scratch(backbone_folder, *LEALLA_SHAPES[name], projection_dim=hidden, pooling="cls", activation="tanh")
+    size = student.num_parameters() + (501_153 - len(student.tokenizer)) * hidden
     # The paper's pooler is our Linear behind the pooling; the backbone's own, of the same size, is published and not used.
-    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+    assert (size - hidden * hidden - hidden) / 1e6 == pytest.approx(millions, abs=0.05)
+    shape = student.config
+    assert (shape.num_hidden_layers, shape.num_attention_heads, shape.intermediate_size) == (layers, heads, ffn)
 
 
 def test_a_plan_is_the_largest_that_holds_the_vocabulary(backbone_folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModel, BertConfig, BertTokenizer, PreTrainedTokenizerFast, XLMRobertaConfig
+from transformers import AutoModel, BertConfig, BertTokenizer, Gemma3TextConfig, PreTrainedTokenizerFast, XLMRobertaConfig
 
 from hf_distill import StudentModel
 from hf_distill.layout import check_layout
@@ -60,6 +60,51 @@ def test_pruned_vocabulary_embeds_every_surviving_text_as_before(wordpiece, tmp_
     assert opened.config.vocab_size == report.kept
     assert opened.settings["vocabulary"]["kept"] == report.kept
     assert opened.encode(texts) == pytest.approx(wordpiece.encode(texts), abs=1e-6)
+
+
+def test_a_table_that_scales_and_special_tokens_behind_all_others(tmp_path):
+    """As Gemma's and ModernBERT's: the embedding keeps its class, and what is put around a text its new number."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(make_texts(200), trainer)
+    tokenizer.add_special_tokens(["<pad>", "<bos>", "<eos>"])
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    options = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(tmp_path / "gemma")
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, pad_token_id=tokenizer.token_to_id("<pad>"),
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path / "gemma")
+    student = StudentModel.from_backbone(str(tmp_path / "gemma"), projection_dim=4)
+    texts, kind = make_texts(300)[-3:], type(student.backbone.get_input_embeddings())
+    before, words = student.encode(texts), [student.tokenizer.tokenize(text, add_special_tokens=True) for text in texts]
+    assert kind is not torch.nn.Embedding
+    report = prune_vocabulary(student, texts)
+    assert 256 < report.kept < report.of
+    assert [student.tokenizer.tokenize(text, add_special_tokens=True) for text in texts] == words
+    assert (words[0][0], words[0][-1]) == ("<bos>", "<eos>")
+    assert type(student.backbone.get_input_embeddings()) is kind
+    assert student.encode(texts) == pytest.approx(before, abs=1e-6)
+    student.save_pretrained(tmp_path / "student")
+    assert StudentModel.from_pretrained(tmp_path / "student").encode(texts) == pytest.approx(before, abs=1e-6)
+
+
+def test_the_unlikeliest_token_stays_for_unknown_characters_are_weighed_by_it(tmp_path):
+    pieces = [("<unk>", 0), ("<pad>", 0), ("a", -30.0), ("ax", -1.0), ("xy", -45.0), ("zz", -100.0)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, 0)), pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, pad_token_id=1
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    student = StudentModel.from_backbone(str(tmp_path))
+    assert student.tokenizer.tokenize("axy") == ["a", "xy"]  # y alone is unknown: ax y is 75 less likely by zz, 20 more by xy
+    prune_vocabulary(student, ["axy", "ax"])
+    assert student.tokenizer.tokenize("axy") == ["a", "xy"]
 
 
 def test_the_most_frequent_tokens_are_kept(wordpiece):
