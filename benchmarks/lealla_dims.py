@@ -25,7 +25,7 @@ sys.path.insert(0, str(RECIPES))
 from demo import demo_defaults, fill_in  # noqa: E402
 from inputs import open_teacher  # noqa: E402
 from lealla import LEALLAArguments  # noqa: E402
-from translations import open_translations  # noqa: E402
+from translations import open_target, open_translations  # noqa: E402
 
 
 def main() -> None:
@@ -38,12 +38,12 @@ def main() -> None:
     dims, recipe.dims = recipe.dims, []
     data = open_translations(recipe)
     teacher = open_teacher(recipe, recipe.teacher_prompt)
-    teacher.add(data.train["english"], data.train["translation"])
-    teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])
-    pairs = torch.stack([teacher.encode(list(data.train[side])) for side in ("english", "translation")], dim=1)
+    target = open_target(recipe, teacher, data.train)
+    teacher.add(data.train["translation"], [text for evaluator in data.evaluators for text in evaluator.texts()])
+    pairs = torch.stack([target.encode(list(data.train[side])) for side in ("english", "translation")], dim=1)
     texts = torch.tensor([[hash(row["english"]), hash(row["translation"])] for row in data.train])
 
-    rows = {"teacher": scores(data, teacher.encode)}
+    rows = {"teacher": scores(data, target.encode)}
     loss = AdditiveMarginSoftmax(recipe.margin, recipe.scale)
     for dim in [dim for dim in dims if dim <= teacher.dim]:
         torch.manual_seed(args.seed)
@@ -57,7 +57,7 @@ def main() -> None:
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            rows[f"{dim} dimensions"] = scores(data, lambda found, head=head: head(teacher.encode(found)).numpy())
+            rows[f"{dim} dimensions"] = scores(data, lambda found, head=head: head(target.encode(found)).numpy())
     results = {"table": rows, "languages": data.facts["languages"], "provenance": provenance(args.seed)}
     write_results(RECIPES / "results", results, "lealla_dims")
     print(table(rows))

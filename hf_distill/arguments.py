@@ -74,6 +74,11 @@ class DistillationTrainingArguments(TrainingArguments):
                 "DistillationTrainingArguments: train_sampling_strategy is 'batch_rebalance', expected group_by_length, "
                 "random or sequential. It would move rows between steps, and a resumed run would see another order."
             )
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(
+                f"DistillationTrainingArguments: mini_batch_size is {self.mini_batch_size}, expected 1 or more texts. The "
+                "first step would fail. Leave it out to compute a batch at once."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out of training_args.bin, which lies in every checkpoint and is uploaded with it."""
@@ -341,6 +346,12 @@ class TranslationArguments(RecipeArguments):
             if not number:
                 raise ValueError(
                     f"TranslationArguments: max_params is {self.max_params!r}, expected a number of weights: 20M or 20000000."
+                )
+            planned = [name for name in ("max_vocabulary", "embedding_dim") if getattr(self, name) is not None]
+            if planned:
+                raise ValueError(
+                    f"TranslationArguments: {planned} beside max_params {self.max_params}, expected neither. The plan chooses "
+                    "width and vocabulary, and these would be lost. Leave them out."
                 )
             self.max_params = int(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[number[2]])
 

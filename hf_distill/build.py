@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ logger = logging.get_logger(__name__)
 
 # LEALLA, Mao et al. 2023, https://huggingface.co/papers/2302.08387: hidden size, layers, heads, FFN size.
 LEALLA_SHAPES = {"small": (128, 24, 8, 512), "base": (192, 24, 12, 768), "large": (256, 24, 8, 1024)}
+_FACTS = ("vocabulary", "embeddings_of")  # what a student's settings say of its table, for its card
 _WIDTHS, _DEPTHS = (384, 320, 256, 192, 160, 128, 96, 64), (24, 12)
 
 
@@ -97,6 +99,7 @@ def start_embeddings(student: StudentModel, name: str) -> float:
     variances, components = torch.linalg.eigh(table.T @ table)  # ascending
     found = table @ components[:, -own.shape[1] :].flip(1)
     own.copy_(found * (student.config.initializer_range / found.std()))
+    student.settings["embeddings_of"] = Path(name).name if Path(name).is_dir() else name
     return float(variances[-own.shape[1] :].sum() / variances.sum())
 
 
@@ -149,10 +152,10 @@ def narrow_embeddings(student: StudentModel, dim: int) -> StudentModel:
     narrow.embeddings_project.bias.copy_(bias)
     lost = (before - after @ weight.T - bias).square().sum() / (before - before.mean(0)).square().sum()
 
-    settings = dict(student.settings)
-    vocabulary = settings.pop("vocabulary", None)
+    facts = {"embedding_dim": dim, **{key: student.settings[key] for key in _FACTS if key in student.settings}}
+    settings = {key: value for key, value in student.settings.items() if key not in facts}
     model = StudentModel.from_parts(narrow, student.tokenizer, **settings)
-    model.settings |= {} if vocabulary is None else {"vocabulary": vocabulary}
+    model.settings |= facts
     if student.projection is not None:
         model.projection.load_state_dict(student.projection.state_dict())
     logger.info(

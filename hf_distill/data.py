@@ -74,6 +74,12 @@ def split_source(name: str) -> tuple[str, list[str] | None]:
     return (source, columns.split(",")) if colon and not Path(name).exists() else (name, None)
 
 
+def split_language(name: str) -> tuple[str, str]:
+    """Return (language, data set) of "deu=data set"; "" for none. An equals sign that belongs to a path is left alone."""
+    code, equals, source = name.partition("=")
+    return (code, source) if equals and not Path(split_source(name)[0]).exists() else ("", name)
+
+
 def join_texts(datasets: Iterable[tuple[Dataset, list[str] | None]]) -> Dataset:
     """Return every distinct text of several data sets, one below the other, as {"text": ...}; held in memory.
 

@@ -52,26 +52,28 @@ class PCAProjection:
         Raises:
             ValueError: If dim exceeds the teacher's dimension or the number of texts, or a target is not finite.
         """
-        blocks: Iterable[Tensor] = targets.blocks() if isinstance(targets, TeacherCache) else targets
-        if isinstance(blocks, Tensor) and blocks.ndim == 2:
-            blocks = [blocks]
-        count, total, square = 0, 0.0, 0.0
-        for block in blocks:
-            # Squares of numbers near 1 lose the small variances in float32.
-            block = block.double()
-            if count == 0:
-                cls.require(dim, block.shape[1])
-            count, total, square = count + len(block), total + block.sum(0), square + block.T @ block
+        mean, covariance, count = _moments(targets, dim)
         cls.require(dim, dim, count)
-        if not torch.isfinite(square).all():
-            raise ValueError("PCAProjection: a target is NaN or infinite, expected numbers. Every component would be NaN.")
-        mean = total / count
-        variance, vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean))
+        variance, vectors = torch.linalg.eigh(covariance)
         components = vectors.T.flip(0)[:dim]
         # An eigenvector's sign is arbitrary: its largest coordinate is made positive, so that every machine agrees.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         variance = variance.flip(0).clamp(min=0)
         return cls(components * largest.sign(), mean, variance[:dim], variance.sum().item(), center)
+
+    @classmethod
+    def centering(cls, targets: Any) -> "PCAProjection":
+        """Return what subtracts the mean and leaves all directions as they are; equal on every machine, of any few targets.
+
+        Args:
+            targets: As `fit` takes them.
+
+        Raises:
+            ValueError: If a target is not finite.
+        """
+        mean, covariance, _ = _moments(targets)
+        variance = covariance.diagonal()
+        return cls(torch.eye(len(mean)), mean, variance, variance.sum().item(), center=True)
 
     @staticmethod
     def require(dim: int, teacher_dim: int, texts: int | None = None) -> None:
@@ -152,6 +154,27 @@ class PCAProjection:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         return cls(**tensors, total_variance=float(metadata["total_variance"]), center=metadata["center"] == "True")
+
+
+def _moments(targets: Any, dim: int = 0) -> tuple[Tensor, Tensor, int]:
+    """Return (mean [D], covariance [D, D], both float64; how many), read once; of at least `dim` dimensions."""
+    blocks: Iterable[Tensor] = targets.blocks() if isinstance(targets, TeacherCache) else targets
+    if isinstance(blocks, Tensor) and blocks.ndim == 2:
+        blocks = [blocks]
+    count, total, square = 0, 0.0, 0.0
+    for block in blocks:
+        # Squares of numbers near 1 lose the small variances in float32.
+        block = block.double()
+        if count == 0:
+            PCAProjection.require(dim, block.shape[1])
+        count, total, square = count + len(block), total + block.sum(0), square + block.T @ block
+    if not count or not torch.isfinite(square).all():
+        raise ValueError(
+            f"PCAProjection: of {count} targets one is NaN or infinite, or there are none, expected numbers. Every component "
+            "would be NaN."
+        )
+    mean = total / count
+    return mean, square / count - torch.outer(mean, mean), count
 
 
 def centred_map(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -265,8 +265,12 @@ class DistillationTrainer(Trainer):
         # Gradient caching (Gao et al. 2021, https://huggingface.co/papers/2101.06983): embeddings first, in parts, then the
         # loss of all of them, then each part once more, for its gradient.
         blocks = [dict(zip(inputs, part, strict=True)) for part in zip(*(v.split(size) for v in inputs.values()), strict=True)]
-        parts = [recompute(model, use_reentrant=False, **block) for block in blocks]
-        return {name: torch.cat([part[name] for part in parts]) for name in self.loss.outputs}
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.loss.outputs}
+        for block in blocks:
+            output = recompute(model, use_reentrant=False, **block)
+            for name, found in parts.items():
+                found.append(output[name])  # the rest of it, states of all tokens, goes
+        return {name: torch.cat(found) for name, found in parts.items()}
 
     def _columns_of(self, value: Tensor, name: str, batch: dict[str, Tensor]) -> Tensor:
         """Return a field of the student's output as [B, C, ...]; inherited columns are the teacher's."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from hf_distill.data import split_source
+from hf_distill.data import split_language, split_source
 from hf_distill.teachers import has_fast_bf16
 
 
@@ -101,9 +101,9 @@ def _fill_in_languages(recipe: Any) -> None:
 
 def _shown(name: str) -> str:
     """Return a source as results and card name it: without this machine's folders."""
-    code, equals, source = split_source(name)[0].rpartition("=")
-    files = source.split(",") if equals else [source]
-    return code + equals + ",".join(Path(file).name if Path(file).exists() else file for file in files)
+    code, source = split_language(split_source(name)[0])
+    files = source.split(",") if code else [source]
+    return (f"{code}=" if code else "") + ",".join(Path(file).name if Path(file).exists() else file for file in files)
 
 
 def teacher_folder() -> str:

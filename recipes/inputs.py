@@ -93,6 +93,7 @@ def open_student(recipe: Any, corpus: Iterable[str], languages: Iterable[str] | 
         student = from_scratch(recipe.backbone, *recipe.from_scratch, **recipe.student_options(), **options)
         if getattr(recipe, "start_embeddings", False):
             start_embeddings(student, recipe.backbone)
+            student.settings["embeddings_of"] = recipe.backbone_name or student.settings["embeddings_of"]
     else:
         student = StudentModel.from_backbone(recipe.backbone, **recipe.student_options(), **options)
         student.settings["base_model"] = recipe.backbone_name or student.settings["base_model"]

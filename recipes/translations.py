@@ -17,7 +17,16 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_distill.build import LEALLA_SHAPES, plan
-from hf_distill.data import find_leaks, load_texts, mix_languages, normal_form, require_texts, split_source, text_columns
+from hf_distill.data import (
+    find_leaks,
+    load_texts,
+    mix_languages,
+    normal_form,
+    require_texts,
+    split_language,
+    split_source,
+    text_columns,
+)
 from hf_distill.evaluation.bitext import BitextEvaluator, Pairs, load_bitext
 from hf_distill.projection import PCAProjection, centred_map, least_squares
 from hf_distill.student import StudentModel
@@ -49,7 +58,7 @@ def open_translations(recipe: Any) -> Translations:
     """Return what `--pairs` names, without what `--tatoeba` holds, small languages repeated by `--language_temperature`.
 
     Raises:
-        ValueError: If a text is empty, all pairs of a language have identical sides, or none is left to train on.
+        ValueError: If all pairs of a language have identical sides, or none is left to train on.
     """
     (pairs, test), seed = open_pairs(recipe), recipe.split_seed
     test = load_bitext(recipe.tatoeba) if recipe.tatoeba else test
@@ -121,7 +130,7 @@ def open_target(recipe: Any, teacher: Teacher, train: Dataset) -> Teacher:
     target = AnchoredTeacher(teacher) if recipe.anchor else teacher
     if not recipe.center:
         return target
-    return target.project(PCAProjection.fit(teacher.blocks(chain.from_iterable(columns)), teacher.dim, center=True))
+    return target.project(PCAProjection.centering(teacher.blocks(chain.from_iterable(columns))))
 
 
 def start_student(recipe: Any, student: StudentModel, train: Dataset, teacher: Teacher) -> None:
@@ -152,7 +161,7 @@ def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, Pairs]]:
     test: dict[str, Pairs] = {}
     corpora: dict[str, list[Dataset]] = {}
     for name in recipe.pairs:
-        code, _, source = name.rpartition("=")
+        code, source = split_language(name)
         if name == EMBEDDED_PAIRS:
             more, test = bible_pairs()
         elif code and "," in source and all(Path(part).is_file() for part in source.split(",")):
@@ -198,7 +207,10 @@ def _sides(dataset: Dataset, columns: list[str] | None, source: str) -> Dataset:
     """Return two columns of a table as english and translation: those named; or the one called so and the first other one."""
     names = columns or text_columns(dataset)
     if not columns and len(names) > 1:
-        first = next((name for name in names if name.casefold() in ("english", "eng", "en")), names[0])
+        first = next((name for name in names if name.casefold() in ("english", "eng", "en")), None)
+        if first is None:
+            first = names[0]
+            logger.warning(f"lealla: {source} has no column english; {first} is taken for it. Name both: {source}:eng,deu.")
         names = [first, next(name for name in names if name != first)]
     if len(names) != 2:
         raise ValueError(
@@ -207,19 +219,28 @@ def _sides(dataset: Dataset, columns: list[str] | None, source: str) -> Dataset:
         )
     pairs = dataset.select_columns(text_columns(dataset, names))
     pairs = pairs.rename_columns(dict(zip(names, _SIDES, strict=True)))
-    return pairs if pairs.features == _SIDES else pairs.cast(_SIDES)
+    return _whole(pairs if pairs.features == _SIDES else pairs.cast(_SIDES), source)
+
+
+def _whole(pairs: Dataset, source: str) -> Dataset:
+    """Return the pairs that have both sides."""
+    sides = zip(pairs["english"], pairs["translation"], strict=True)
+    kept = [row for row, (first, second) in enumerate(sides) if (first or "").strip() and (second or "").strip()]
+    if len(kept) == len(pairs):
+        return pairs
+    logger.info(f"Pairs: {len(pairs) - len(kept)} of {source} lack a side and are left out.")
+    return pairs.select(kept)
 
 
 def _aligned(code: str, english: str, translation: str) -> Dataset:
-    """Return two plain files, a sentence a line, as OPUS gives them; lines that are empty on a side are left out."""
+    """Return two plain files, a sentence a line, as OPUS gives them."""
     sides = [Path(name).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") for name in (english, translation)]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
             f"lealla: {english} has {len(sides[0])} lines and {translation} {len(sides[1])}, expected as many. From the first "
             f"missing one on, {code} would be aligned with other sentences."
         )
-    rows = [pair for pair in zip(*sides, strict=True) if all(map(str.strip, pair))]
-    return Dataset.from_dict({"english": [a for a, _ in rows], "translation": [b for _, b in rows]}, _SIDES)
+    return _whole(Dataset.from_dict(dict(zip(_SIDES, sides, strict=True)), _SIDES), f"{english},{translation}")
 
 
 def _held_out(english: Mapping[str, list[str]], count: int, seed: int) -> set[str]:
