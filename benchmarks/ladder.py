@@ -95,8 +95,16 @@ LADDERS = {
         },
         {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
-    "curve": climb(
-        "lealla", {f"{pairs} pairs a language": f"--max_pairs {pairs}" for pairs in (125, 500, 2000, 8000)}, TRANSLATIONS
+    "curve": climb(  # over data at equal steps, then over steps at equal data
+        "lealla",
+        {
+            **{f"{pairs} pairs a language, 300 steps": f"--max_pairs {pairs} --max_steps 300" for pairs in (125, 500, 2000)},
+            **{
+                f"8000 pairs a language, {steps} steps": f"--max_pairs 8000 --max_steps {steps}"
+                for steps in (75, 150, 300, 600)
+            },
+        },
+        TRANSLATIONS,
     ),
     "senses": Ladder(
         "multi_sense",
