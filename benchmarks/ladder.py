@@ -92,6 +92,7 @@ LADDERS = {
             "table of 256, 58,000 tokens": "--embedding_dim 256 --max_vocabulary 58000",
             "layers 0 3 7 11": "--layers 0 3 7 11",
             "learning rate 1e-3": "--learning_rate 1e-3",
+            "learning rate 2e-3": "--learning_rate 2e-3",
         },
         {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
