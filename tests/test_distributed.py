@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from hf_distill import StudentModel, TeacherCache
 from hf_distill.layout import check_layout
 from hf_distill.runs import last_checkpoint
+from hf_distill.senses import SenseDictionary
 from hub_server import HubServer
 
 
@@ -177,15 +178,16 @@ def test_fully_sharded_student_computes_what_the_whole_one_does_and_is_saved(fol
     check_layout(folder / "fsdp2-2")
 
 
-HPD = ["--max_steps", "2", "--bf16", "false", "--disable_tqdm", "true", "--held_out", "20", "--dims", "4", "--dim", "8"]
+STEPS = ["--max_steps", "2", "--bf16", "false", "--disable_tqdm", "true", "--held_out", "20"]
+HPD = ["--dims", "4", "--dim", "8"]
 
 
-def accelerate_launch(options, folder, teacher_folder, output):
+def accelerate_launch(options, folder, teacher_folder, output, recipe="hpd", own=HPD):
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(120, seed=3)))
-    flags = [*HPD, "--teacher", teacher_folder, "--backbone", str(folder / "backbone"), "--texts", str(texts)]
-    flags += ["--output_dir", str(folder / output), "--cache_dir", str(folder / "hpd-cache"), "--use_cpu", "true"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "recipes" / "hpd.py"), *flags]
+    flags = [*STEPS, *own, "--teacher", teacher_folder, "--backbone", str(folder / "backbone"), "--texts", str(texts)]
+    flags += ["--output_dir", str(folder / output), "--cache_dir", str(folder / f"{recipe}-cache"), "--use_cpu", "true"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "recipes" / f"{recipe}.py"), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -197,6 +199,22 @@ def test_the_recipe_in_two_processes_ends_with_one_table(folder, teacher_folder)
     assert results["hyperparameters"]["batch"] == 128  # 64 on each
     assert done.stdout.count("from sentence_transformers import") == 1
     check_layout(folder / "out")
+
+
+def test_the_recipe_of_senses_in_two_processes_makes_one_dictionary_and_one_student(folder):
+    config = ROOT / "recipes" / "accelerate" / "two_processes_cpu.yaml"
+    options = ["--config_file", str(config), "--main_process_port", "29791"]
+    own = ["--layers", "0", "2", "--k", "3"]
+    done = accelerate_launch(options, folder, str(folder / "backbone"), "senses-student", "multi_sense", own)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "senses-student" / "results.json").read_text())
+    assert results["hyperparameters"]["batch"] == 128  # 64 on each
+    assert done.stdout.count("student, without senses") == 1  # the table
+    dictionary = SenseDictionary.from_pretrained(folder / "senses-student-senses")
+    assert dictionary.facts["texts"] == 100
+    assert results["dictionary"]["senses"] == len(dictionary.senses)
+    assert results["dictionary"]["sense_accuracy"] > 0
+    check_layout(folder / "senses-student")
 
 
 @pytest.mark.parametrize(
@@ -236,8 +254,6 @@ def test_killed_at_any_write_of_a_checkpoint_training_goes_on_and_ends_the_same(
 
 
 def test_two_processes_make_the_dictionary_of_one(folder):
-    from hf_distill.senses import SenseDictionary
-
     for processes in (1, 2):
         succeed("senses", folder, processes)
     facts = [json.loads((folder / f"senses-{n}.json").read_text()) for n in (1, 2)]

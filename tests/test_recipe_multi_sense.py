@@ -117,6 +117,11 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
         with pytest.raises(ValueError, match=f"first-senses was made with .*'{flag.removeprefix('--teacher_').strip('-')}'"):
             run("--senses", str(folder / "first-senses"), flag, other, output=f"with{flag}")
     known = SenseDictionary.from_pretrained(folder / "first-senses")
+    known.tokenizer.add_tokens(["zebra"])
+    known.save_pretrained(folder / "of-others")
+    with pytest.raises(ValueError, match="number tokens differently: 'zebra' and None at"):
+        run("--senses", str(folder / "of-others"), output="of")
+    known = SenseDictionary.from_pretrained(folder / "first-senses")
     few = SenseDictionary(known.senses[:0], known.offsets * 0, known.counts[:0], known.facts, known.tokenizer)
     few.save_pretrained(folder / "few")
     assert student.settings["senses"]["name"] == "../first-senses"

@@ -385,6 +385,30 @@ def test_the_teacher_as_its_own_student_has_every_sense_right(teacher, dictionar
     assert found["sense_accuracy"].item() == 1
 
 
+def test_longer_neighbours_in_the_batch_leave_a_texts_loss_as_it_is(student, teacher, dictionary, texts):
+    short, long = sorted(texts, key=len)[0], sorted(texts, key=len)[-1]
+    chosen = SenseTeacher(teacher, dictionary).encode([short])[:, None]
+    found = []
+    for batch in ([short], [short, long]):
+        inputs = student.tokenizer(batch, padding=True, return_tensors="pt")
+        scores = student.eval()(**inputs).sense_scores
+        found.append((scores.shape[1], SenseLoss()(scores[:1, None], chosen)["sense"].item()))
+    assert found[0][0] < found[1][0]  # padded
+    assert found[0][1] > 0.1
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+
+
+def test_states_of_zero_know_nothing_the_loss_is_ln_k(teacher, texts, tmp_path):
+    dictionary = build_senses(teacher, texts[:30], tmp_path, k=8)  # rare tokens have fewer
+    states, ids, mask = read(teacher, texts[:8])
+    chosen = SenseTeacher(teacher, dictionary).encode(texts[:8])[:, None]
+    scores = dictionary.all_scores(torch.zeros_like(states), ids, mask)
+    number = dictionary.offsets.diff()[ids[mask.bool()]]
+    assert number.unique().numel() > 1
+    wanted = number[number > 0].double().log().mean().item()
+    assert SenseLoss()(scores[:, None], chosen)["sense"].item() == pytest.approx(wanted, abs=1e-5)
+
+
 def test_students_that_do_not_fit_the_dictionary_are_refused(dictionary, backbone_folder, tmp_path):
     wide = MultiSenseStudent.from_backbone(backbone_folder, projection_dim=8)
     with pytest.raises(ValueError, match="have 8 dimensions, the senses 16"):
