@@ -118,7 +118,9 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
             run("--senses", str(folder / "first-senses"), flag, other, output=f"with{flag}")
     known = SenseDictionary.from_pretrained(folder / "first-senses")
     known.tokenizer.add_tokens(["zebra"])
-    known.save_pretrained(folder / "of-others")
+    end = known.offsets[10]
+    others = (known.senses[:end], known.offsets[:11], known.counts[:end], known.facts, known.tokenizer)
+    SenseDictionary(*others).save_pretrained(folder / "of-others")
     with pytest.raises(ValueError, match="number tokens differently: 'zebra' and None at"):
         run("--senses", str(folder / "of-others"), output="of")
     known = SenseDictionary.from_pretrained(folder / "first-senses")
