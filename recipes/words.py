@@ -51,19 +51,19 @@ class EndTasks:
         names = sorted({path.name.split("-")[0] for path in Path(folder).glob("*-train.*")}) if folder else []
         if folder and not names:
             raise FileNotFoundError(f"multi_sense: no file *-train.* in {folder}, expected <name>-train and <name>-{split}.")
-        classes = (ClassificationEvaluator(folder, name, split, full=full) for name in names)
-        report.evaluators = [*sts_evaluators(recipe), *classes]
+        both = [(name, other) for name in names for other in ("dev", "test")]
+        classes = {key: ClassificationEvaluator(folder, *key, full=full) for key in both}
+        report.evaluators = [*sts_evaluators(recipe), *(classes[name, split] for name in names)]
         self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
         sets = STS_SETS if recipe.sts else STS_DEV_SETS  # beside the tests, dev is no task of its own
         self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
         # Of all splits, so that what dev chooses was made from the texts that are trained on when it is tested.
-        sources = [ClassificationEvaluator(folder, name, other) for name in names for other in ("dev", "test")]
-        sources += [WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else []
+        sources: list[Any] = [*classes.values(), *([WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else [])]
         for sts in {recipe.sts, recipe.sts_dev} - {None}:
             for name, place in {**STS_SETS, **STS_DEV_SETS}.items():
                 with contextlib.suppress(FileNotFoundError):
                     sources.append(STSEvaluator(sts, {name: place}))
-        self.seen = [text for source in [*report.evaluators, *sources] for text in source.texts()]
+        self.seen = [text for source in sources for text in source.texts()]
 
     def add(self, name: str, states: States, model: Any, parameters: int) -> None:
         """Score a row of the table.
