@@ -355,11 +355,8 @@ class StudentModel(PreTrainedModel):
     def pooled(self, texts: list[str]) -> Tensor:
         """Return [N, H] float32 on the CPU: what the projection is given."""
         seen: list[Tensor] = []
-        hook = self.projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            return encode_sorted(lambda batch: (self._embed(batch), seen.pop())[1], texts, 32)
-        finally:
-            hook.remove()
+        with self.projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+            return encode_sorted(lambda batch: (self.outputs(batch), seen.pop())[1], texts, 32)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> StudentOutput:
         """Embed N tokenised texts.
@@ -383,17 +380,20 @@ class StudentModel(PreTrainedModel):
             feature = None if self.training_head is None else self.training_head(embedding)
         return StudentOutput(embedding=embedding, projected=projected, last_hidden_state=hidden, feature=feature)
 
-    def _embed(self, batch: list[str], prefix: str = "") -> StudentOutput:
+    @torch.no_grad()  # not inference_mode: weights that FSDP gathers meanwhile could not be trained afterwards
+    def outputs(self, batch: list[str], prefix: str = "") -> StudentOutput:
+        """Return what `forward` makes of one batch of texts, as for whoever opens the student: dropout off, nothing rounded."""
         options = {"padding": True, "truncation": True, "max_length": self.settings["max_length"]}
         inputs = self.tokenizer([prefix + text for text in batch], return_tensors="pt", **options).to(self.device)
-        was_training = self.training
+        was_training, rounding = self.training, vars(self).pop("forward", None)  # Accelerate's, under autocast to bf16
         self.eval()
         try:
             return self(**inputs)
         finally:
             self.train(was_training)
+            if rounding is not None:
+                self.forward = rounding
 
-    @torch.no_grad()  # not inference_mode: weights that FSDP gathers meanwhile could not be trained afterwards
     def encode(
         self,
         texts: str | list[str],
@@ -428,13 +428,9 @@ class StudentModel(PreTrainedModel):
         prefix = prompt if prompt is not None else self.prompts[prompt_name] if prompt_name is not None else ""
 
         one = isinstance(texts, str)
-
-        def embed(batch: list[str]) -> Tensor:
-            return self._embed(batch, prefix).embedding
-
-        vectors = encode_sorted(embed, [texts] if one else list(texts), batch_size, show_progress_bar)
-        if not len(vectors):
-            vectors = torch.empty(0, self.dim)
+        rows = [texts] if one else list(texts)
+        vectors = encode_sorted(lambda batch: self.outputs(batch, prefix).embedding, rows, batch_size, show_progress_bar)
+        vectors = vectors if rows else torch.empty(0, self.dim)
         if truncate_dim is not None:
             vectors = vectors[:, :truncate_dim]
             vectors = nn.functional.normalize(vectors, dim=-1) if self.settings["normalize"] else vectors
@@ -514,8 +510,7 @@ class StudentModel(PreTrainedModel):
                 for i, (path, kind) in enumerate(modules)
             ],
         )
-        lower = {"max_seq_length": settings["max_length"], "do_lower_case": False}
-        _write_json(folder / "sentence_bert_config.json", lower)
+        _write_json(folder / "sentence_bert_config.json", {"max_seq_length": settings["max_length"], "do_lower_case": False})
         prompts = {"prompts": settings["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
         _write_json(folder / "config_sentence_transformers.json", prompts)
 
@@ -546,8 +541,7 @@ def keep_layers(backbone: PreTrainedModel, layers: list[int]) -> None:
             "to cut would be a guess. Keep all layers (layers=None)."
         )
     parent, name = stacks[0]
-    stack = getattr(parent, name)
-    setattr(parent, name, nn.ModuleList(stack[i] for i in layers))
+    setattr(parent, name, nn.ModuleList(getattr(parent, name)[i] for i in layers))
     for position, layer in enumerate(getattr(parent, name)):
         for module in layer.modules():
             if "layer_idx" in vars(module):

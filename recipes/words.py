@@ -170,12 +170,11 @@ def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary,
 def student_states(student: MultiSenseStudent, replace: bool) -> States:
     """Return texts -> (token states of a student in the teacher's space [N, T, D], mask [N, T]), with senses or without."""
 
-    @torch.no_grad()
     def states(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
         inputs = student.tokenizer(batch, **options).to(student.device)
         student.replace = replace
-        output = student.eval()(**inputs)
+        output = student.outputs(batch)
         student.replace, found = True, output.states
         if replace:
             found, _ = student.dictionary.take(found, inputs["input_ids"], output.sense_scores)
@@ -184,7 +183,6 @@ def student_states(student: MultiSenseStudent, replace: bool) -> States:
     return states
 
 
-@torch.no_grad()
 def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> float:
     """Return the share of the texts' tokens that have senses for which the student chooses the teacher's, in [0, 1]."""
     right = total = 0
@@ -192,7 +190,7 @@ def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list
         batch = texts[start : start + 32]
         states, ids, mask = source.teacher.read(batch)
         _, wanted = source.dictionary.lookup(states, ids, mask, source.select)
-        found = student.eval()(ids.to(student.device), mask.to(student.device)).sense_scores.argmax(-1).to(wanted.device)
+        found = student.outputs(batch).sense_scores.argmax(-1).to(wanted.device)
         right += int((found == wanted)[wanted >= 0].sum())
         total += int((wanted >= 0).sum())
     return right / max(1, total)

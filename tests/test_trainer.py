@@ -431,6 +431,18 @@ def test_checkpoints_and_the_final_folder_are_whole_students(make, cache, backbo
 
 
 @pytest.mark.slow
+def test_trained_in_bf16_it_encodes_as_whoever_opens_it_and_trains_on_in_bf16(make, texts, tmp_path):
+    trainer = make(bf16=True, num_train_epochs=1)
+    trainer.train()
+    trainer.save_model()
+    rounding = vars(trainer.student)["forward"]
+    opened = StudentModel.from_pretrained(tmp_path / "run")
+    assert (trainer.student.encode(texts) == opened.encode(texts)).all()
+    assert vars(trainer.student)["forward"] is rounding
+    inputs = opened.tokenizer(texts[:1], return_tensors="pt")
+    assert (trainer.student.eval()(**inputs).projected - opened.eval()(**inputs).projected).abs().max() > 1e-4
+
+
 def test_compiled_and_bf16_training(make):
     for options in ({"bf16": True}, {"torch_compile": True}):
         trainer = make(next(iter(options)), max_steps=3, learning_rate=1e-2, save_strategy="epoch", **options)
