@@ -3,14 +3,16 @@
 
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
 itself, on dev. Nothing is trained. Takes the recipe's flags; `--layers` and `--numbers` are the layers and the k to try.
-Writes recipes/results/senses_<teacher>.json, again after each row.
+Writes recipes/results/senses_<teacher>.json, again after each row; the same command goes on from there.
 
 The rule, fixed before the first run: the tasks are STS-B, WiC, SST-2 and TREC, dev of each (of TREC a tenth of its training
-texts), and count alike, classification with 8 texts a label. Of the dictionaries whose mean is within 0.2 of the best one's,
-those of the smallest k stay; the best of these is taken. With it the recipe runs on the tests (`benchmarks/ladder.py NAME
-senses`), seeds 1, 2 and 3: there the seven STS sets, WiC, SST-2 and TREC count alike.
+texts), and count alike, classification with 8 texts a label. Of the last layer's dictionaries (its states are what the teacher
+is known for; other layers are for comparison) whose mean is within 0.2 of the best one's, those of the smallest k stay; the
+best of these is taken. With it the recipe runs on the tests (`benchmarks/ladder.py NAME senses`), seeds 1, 2 and 3: there the
+seven STS sets, WiC, SST-2 and TREC count alike.
 """
 
+import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -74,27 +76,36 @@ def main() -> None:
     recipe, args = parse_arguments(Sweep, DistillationTrainingArguments, **defaults)
     if recipe.sts or recipe.split != "dev":
         raise SystemExit(f"--sts is {recipe.sts}, --split {recipe.split}, expected --sts_dev and dev: tests are not chosen on.")
+    if recipe.teacher_layer or (recipe.k, recipe.select) != (Sweep.k, Sweep.select):
+        raise SystemExit("--teacher_layer, --k and --select are compared here, expected --layers and --numbers in their place.")
     layers = recipe.layers or [-1]
     fill_in(recipe)
     report = RunReport("multi_sense", SenseLoss.paper)
     tasks = EndTasks(recipe, report)
     texts = training_texts(recipe, args, tasks.seen)
     rows: dict[str, dict[str, Any]] = {}
-    name = recipe.teacher_name or recipe.teacher[0]
+    name = recipe.teacher_name or Path(recipe.teacher[0]).name
+    file = RECIPES / "results" / f"senses_{Path(name).name.lower()}.json"
+    made = provenance(recipe.split_seed)
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if known.get("provenance", {}).get("command") == made["command"]:  # stopped before
+        rows |= known["table"]
     facts = {"teacher": name, "split": recipe.split, "texts": texts.facts(recipe.texts_name)}
 
-    def keep(row: str, scores: dict[str, Any]) -> None:
-        rows[row] = scores
-        results = {"table": rows, "chosen": choose(rows), "scores": report.rows, **facts}
-        results["provenance"] = provenance(recipe.split_seed)
-        write_results(RECIPES / "results", results, f"senses_{Path(name).name.lower()}")
-        print(row, scores, flush=True)
+    def score(row: str, states: Any, model: TokenTeacher, more: dict[str, Any] | None = None) -> None:
+        if row not in rows:
+            tasks.add(row, states, model, model.num_parameters)
+            rows[row] = cells(report.rows[row]["scores"]) | (more or {})
+            results = {"table": rows, "chosen": choose(rows), **facts, "provenance": made}
+            write_results(file.parent, results, file.stem)
+            print(row, rows[row], flush=True)
 
     for layer in layers:
-        options = {"layer": layer, "max_length": recipe.teacher_max_length, "bidirectional": recipe.bidirectional}
+        options = {"layer": layer, "max_length": recipe.teacher_max_length or recipe.max_length}
+        options["bidirectional"] = recipe.bidirectional
         teacher, tested = (kind(recipe.teacher[0], recipe.teacher_revision, **options) for kind in (TokenTeacher, Remembered))
-        tasks.add(f"layer {layer}", tested.states, tested, tested.num_parameters)
-        keep(f"layer {layer}", cells(report.rows[f"layer {layer}"]["scores"]))
+        teacher.name = name  # as the recipe calls it, so that both read it once
+        score(f"layer {layer}", tested.states, tested)
         place = cache_folder(recipe.cache_dir, teacher)
         place = place.with_name(f"{place.name}-states")
         for k in recipe.numbers:
@@ -103,15 +114,13 @@ def main() -> None:
             if recipe.words:
                 more["words"] = word_similarity(sense_vectors(dictionary), recipe.words)["words_avg"]
             for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
-                row = f"layer {layer}, k {k}, {select}"
-                tasks.add(row, SenseTeacher(tested, dictionary, select).replaced, tested, tested.num_parameters)
-                keep(row, cells(report.rows[row]["scores"]) | more)
+                score(f"layer {layer}, k {k}, {select}", SenseTeacher(tested, dictionary, select).replaced, tested, more)
     print(table(rows), f"\n\nChosen: {choose(rows)}")
 
 
 def choose(rows: dict[str, dict[str, Any]]) -> str | None:
     """Return the dictionary that the rule above takes; None before the first."""
-    made = {name: row for name, row in rows.items() if "k" in row and "end avg" in row}
+    made = {name: row for name, row in rows.items() if name.startswith("layer -1, ") and "end avg" in row}
     near = [name for name, row in made.items() if row["end avg"] >= max(other["end avg"] for other in made.values()) - 0.2]
     return min(near, key=lambda name: (made[name]["k"], -made[name]["end avg"]), default=None)
 

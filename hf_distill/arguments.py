@@ -238,7 +238,10 @@ class TextArguments(RecipeArguments):
     )
     sts_dev: str | None = field(
         default=None,
-        metadata={"help": "Folder with stsb-dev: adds the row that settings may be chosen by; as --sts leaves the training."},
+        metadata={
+            "help": "Folder with stsb-dev: adds the row that settings may be chosen by, of pairs that are in no test set of "
+            "--sts, or of that folder; as --sts leaves the training."
+        },
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every recipe is given: texts, teacher, student, evaluation sets, as its flags name them."""
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,7 @@ from hf_distill.build import from_scratch, narrow_embeddings, start_embeddings
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.data import TrainingTexts, join_texts, load_texts, split_source
 from hf_distill.evaluation.report import RunReport
-from hf_distill.evaluation.similarity import STS_DEV_SETS, STSEvaluator
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, STSEvaluator
 from hf_distill.runs import claim_output_dir
 from hf_distill.student import StudentModel
 from hf_distill.teachers import EncoderTeacher, JointTeacher
@@ -57,9 +58,22 @@ def training_texts(recipe: Any, args: Any, seen: list[str]) -> TrainingTexts:
 
 
 def sts_evaluators(recipe: Any) -> list[STSEvaluator]:
-    """Return the STS sets that `--sts` and `--sts_dev` name."""
+    """Return the STS sets that `--sts` and `--sts_dev` name; of dev without the pairs that stand in a test set at hand."""
     tests = [STSEvaluator(recipe.sts, dims=recipe.dims)] if recipe.sts else []
-    return tests + ([STSEvaluator(recipe.sts_dev, STS_DEV_SETS)] if recipe.sts_dev else [])
+    if not recipe.sts_dev:
+        return tests
+    dev = STSEvaluator(recipe.sts_dev, STS_DEV_SETS)
+    dev.leave_out(tests or known_sts(recipe.sts_dev, STS_SETS))
+    return [*tests, dev]
+
+
+def known_sts(folder: str, sets: dict[str, tuple[str, str, str]]) -> list[STSEvaluator]:
+    """Return an evaluator of each of the sets that lies in a folder."""
+    found = []
+    for name, place in sets.items():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(STSEvaluator(folder, {name: place}))
+    return found
 
 
 def open_teacher(recipe: Any, prompt: str | None = None, side: str | None = None) -> Any:

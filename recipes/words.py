@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from demo import EMBEDDED, gcide_contexts
-from inputs import sts_evaluators
+from inputs import known_sts, sts_evaluators
 from torch.nn import functional
 from transformers.utils import logging
 
 from hf_distill.cache import TeacherCache, cache_folder
 from hf_distill.evaluation.explain import explain
 from hf_distill.evaluation.report import RunReport
-from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS, STSEvaluator
+from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS
 from hf_distill.evaluation.word_sense import (
     ClassificationEvaluator,
     WiCEvaluator,
@@ -59,10 +58,8 @@ class EndTasks:
         self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
         # Of all splits, so that what dev chooses was made from the texts that are trained on when it is tested.
         sources: list[Any] = [*classes.values(), *([WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else [])]
-        for sts in {recipe.sts, recipe.sts_dev} - {None}:
-            for name, place in {**STS_SETS, **STS_DEV_SETS}.items():
-                with contextlib.suppress(FileNotFoundError):
-                    sources.append(STSEvaluator(sts, {name: place}))
+        for sts in sorted({recipe.sts, recipe.sts_dev} - {None}):
+            sources += known_sts(sts, {**STS_SETS, **STS_DEV_SETS})
         self.seen = [text for source in sources for text in source.texts()]
 
     def add(self, name: str, states: States, model: Any, parameters: int) -> None:

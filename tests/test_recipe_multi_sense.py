@@ -90,6 +90,9 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert "Multi-Sense Embeddings for Language Models" in card
     assert "replaced by senses of the dictionary `out-senses`, a repository beside this one, before" in card
     assert 'the row "student, without senses"' in card
+    assert "classification with 8 texts a label" in card
+    assert "with senses, " in card.split("Word similarity")[1]
+    assert "comparable as they are" not in card  # replaced states are the teacher's own
     check_layout(folder / "out")
     texts = ["a cat sat", "the dog"]  # the terminal scores what the student is, not what it is without its senses
     opened = MultiSenseStudent.from_pretrained(folder / "out")
@@ -113,6 +116,9 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
     student = MultiSenseStudent.from_pretrained(folder / "second")
     assert student.settings["senses"]["select"] == "cos"
     assert again["dictionary"]["texts"] == 230
+    card = (folder / "second" / "README.md").read_text()
+    assert "The dictionary: " in card
+    assert "end avg" not in card
     for flag, other in (("--teacher_layer", "1"), ("--teacher_max_length", "5"), ("--bidirectional", "true")):
         with pytest.raises(ValueError, match=f"first-senses was made with .*'{flag.removeprefix('--teacher_').strip('-')}'"):
             run("--senses", str(folder / "first-senses"), flag, other, output=f"with{flag}")

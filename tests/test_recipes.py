@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -48,6 +49,20 @@ def run(flags, output, monkeypatch, cache="cache"):
     places = ["--output_dir", str(output), "--cache_dir", str(output.parent / cache)]
     importlib.import_module("hpd").main([*flags, *places])
     return json.loads((output / "results.json").read_text())
+
+
+def test_dev_pairs_that_stand_in_the_test_sets_are_not_scored(inputs, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    evaluators = importlib.import_module("inputs").sts_evaluators
+    source = Path(inputs[1], "stsb-test.tsv").read_text()
+    (tmp_path / "stsb-dev.tsv").write_text(source + "a new one\tanother\t1\none more\tand more\t2\nx\ty\t3\n")
+    (whole,) = evaluators(SimpleNamespace(sts=None, sts_dev=str(tmp_path), dims=[]))  # no test set at hand
+    assert len(whole.sets["STS-B dev"][0]) == 23
+    test, dev = evaluators(SimpleNamespace(sts=inputs[1], sts_dev=str(tmp_path), dims=[]))
+    assert (len(test.sets), len(dev.sets["STS-B dev"][0])) == (7, 3)
+    (tmp_path / "sts16.tsv").write_text(source)  # beside it
+    (dev,) = evaluators(SimpleNamespace(sts=None, sts_dev=str(tmp_path), dims=[]))
+    assert len(dev.sets["STS-B dev"][0]) == 3
 
 
 def test_every_recipe_is_in_the_table_has_a_target_and_a_hundred_lines():

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
-from ..data import load_texts, only_file
+from ..data import load_texts, normal_form, only_file
 from .metrics.cosine_spearman import cosine_spearman, cosines, rank_correlation
 from .metrics.embedding_fidelity import embedding_fidelity
 from .uncertainty import interval
 
 
+logger = logging.get_logger(__name__)
 Encode = Callable[[list[str]], Any]
 
 # The seven sets of SentEval as SimCSE and HPD report them: name -> (file in a local folder, Hub id, split there).
@@ -62,14 +64,40 @@ class STSEvaluator:
             if np.isnan(human).any():
                 raise ValueError(f"STSEvaluator: {name} has no score in row {int(np.isnan(human).argmax())}, expected numbers.")
             self.sets[name] = (list(rows["sentence1"]), list(rows["sentence2"]), human)
+        self._texts = self._distinct()
 
     def texts(self) -> list[str]:
-        """Return every distinct sentence: what the leak check compares with, and what an encoder is given."""
+        """Return every distinct sentence, of pairs that are left out, too: what the leak check compares with."""
+        return self._texts
+
+    def _distinct(self) -> list[str]:
         return list(dict.fromkeys(text for first, second, _ in self.sets.values() for text in first + second))
+
+    def leave_out(self, others: Sequence["STSEvaluator"]) -> None:
+        """Score no pair that stands in another's sets, too, in either order, of whatever case and punctuation.
+
+        For a dev set: STS-B was drawn from the sets of 2012 to 2017, and most of its dev pairs are test pairs of these.
+
+        Raises:
+            ValueError: If fewer than three pairs of a set are left.
+        """
+        pairs = [zip(first, second, strict=True) for other in others for first, second, _ in other.sets.values()]
+        known = {frozenset(map(normal_form, pair)) for rows in pairs for pair in rows}
+        for name, (first, second, human) in self.sets.items():
+            sides = zip(first, second, strict=True)
+            kept = [row for row, pair in enumerate(sides) if frozenset(map(normal_form, pair)) not in known]
+            if len(kept) < 3:
+                raise ValueError(
+                    f"STSEvaluator: {len(kept)} of {len(first)} pairs of {name} are not in a test set, expected 3 or more. What "
+                    "is chosen by them would be chosen on the test. Take another set to choose on."
+                )
+            if len(kept) < len(first):
+                logger.info(f"{name}: {len(first) - len(kept)} of {len(first)} pairs stand in test sets and are not scored.")
+            self.sets[name] = ([first[row] for row in kept], [second[row] for row in kept], human[kept])
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         """Return {"sts_STS12": ..., ..., "sts_avg": ...} and the mean of each of the `forms`; of one set no mean."""
-        row = {text: i for i, text in enumerate(self.texts())}
+        row = {text: i for i, text in enumerate(self._distinct())}
         vectors = np.asarray(encode(list(row)))
         scores: dict[str, float] = {}
         means: dict[str, list[float]] = {}

@@ -1,4 +1,5 @@
 import gzip
+import logging
 import math
 import socket
 import subprocess
@@ -155,6 +156,25 @@ def test_other_sets_can_be_scored_in_any_format(tmp_path):
     rows = [f'{{"sentence1": "the sea", "sentence2": "n {i}", "score": {4 - i}}}' for i in range(4)]
     (tmp_path / "stsb-dev.jsonl").write_text("\n".join(rows))
     assert STSEvaluator(tmp_path, sets=STS_DEV_SETS)(encode) == pytest.approx({"sts_STS-B dev": -100})
+
+
+def test_pairs_of_a_test_set_are_not_chosen_on(tmp_path, caplog):
+    pairs = [("the sea", "n 0", 4), ("a 1", "C, 3", 9), ("the sea", "n 1", 3), ("the sea", "n 2", 2), ("c 2", "d 3", 0)]
+    lines = ["sentence1\tsentence2\tscore", *(f"{a}\t{b}\t{score}" for a, b, score in pairs)]
+    (tmp_path / "stsb-dev.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "sts12.tsv").write_text("sentence1\tsentence2\tscore\nc 3\ta  1\t1\nd\tother\t2\nc 2\tD 3\t3\nx\ty\t3\n")
+    test = STSEvaluator(tmp_path, {"STS12": STS_SETS["STS12"]})
+    dev = STSEvaluator(tmp_path, STS_DEV_SETS)
+    before = dev.texts()
+    whole = dev(encode)
+    with caplog.at_level(logging.INFO, "hf_distill"):
+        dev.leave_out([test])
+    assert "STS-B dev: 2 of 5 pairs stand in test sets and are not scored" in caplog.text
+    assert dev(encode) == pytest.approx({"sts_STS-B dev": -100})  # n 0, n 1, n 2
+    assert whole["sts_STS-B dev"] > -90
+    assert dev.texts() == before  # no training may hold them all the same
+    with pytest.raises(ValueError, match="0 of 3 pairs of STS-B dev are not in a test set"):
+        dev.leave_out([STSEvaluator(tmp_path, STS_DEV_SETS)])
 
 
 def test_a_missing_score_is_named(tmp_path):
