@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What senses cost in time: `python benchmarks/senses_speed.py --max_texts 4000`.
+"""What senses cost in time: `python benchmarks/senses_speed.py`.
 
 Making a dictionary beside encoding the same texts plainly, and replacing the states of a batch beside the forward pass that
 makes them by each selection, in turn, on one machine; the ratios of single rounds. Takes the recipe's flags. Writes
@@ -36,12 +36,13 @@ from multi_sense import MultiSenseArguments  # noqa: E402
 def main() -> None:
     """Time both, in turn."""
     logging.basicConfig(format="%(message)s")
-    defaults = {**demo_defaults("senses_speed"), "max_texts": 4000, "teacher_batch_size": 32}
+    defaults = {**demo_defaults("senses_speed"), "max_texts": 30_000, "teacher_batch_size": 32}
     recipe, args = parse_arguments(MultiSenseArguments, DistillationTrainingArguments, **defaults)
     fill_in(recipe)
     texts = list(training_texts(recipe, args, []).all())
     options = {"layer": -1 if recipe.teacher_layer is None else recipe.teacher_layer, "bidirectional": recipe.bidirectional}
-    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, max_length=recipe.teacher_max_length, **options)
+    max_length = recipe.teacher_max_length or recipe.max_length
+    teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, max_length=max_length, **options)
     teacher.name = recipe.teacher_name or teacher.name
     teacher.encode(texts[:200])  # warm
     plain, build, forward, made = [], [], [], []

@@ -88,7 +88,7 @@ class STSEvaluator:
             kept = [row for row, pair in enumerate(sides) if frozenset(map(normal_form, pair)) not in known]
             if len(kept) < 3:
                 raise ValueError(
-                    f"STSEvaluator: {len(kept)} of {len(first)} pairs of {name} are not in a test set, expected 3 or more. What "
+                    f"STSEvaluator: {len(kept)} of {len(first)} pairs of {name} are in no test set, expected 3 or more. What "
                     "is chosen by them would be chosen on the test. Take another set to choose on."
                 )
             if len(kept) < len(first):
