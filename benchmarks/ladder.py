@@ -48,6 +48,8 @@ SEARCH = {"dev": "dev_ndcg10", "test": "test_ndcg10"}
 # The epochs are what dev asked for on SciFact: few where both towers learn, many where a query encoder alone learns.
 SYMMETRIC = "--symmetric true --num_train_epochs 4"
 UNMATCHED = f"{SYMMETRIC} --query_weight 0 --document_weight 0"
+RATES = ("1e-4", "3e-4", "1e-3")
+SENSES = {"senses": "--all_labels false", "states": "--all_labels false --sense_weight 0 --state_weight 1"}
 TRANSLATIONS = {"dev": "dev_avg", "other languages": "tatoeba_other", "trained languages": "tatoeba_trained"}
 LADDERS = {
     "ladder": climb(
@@ -107,9 +109,21 @@ LADDERS = {
         },
         TRANSLATIONS,
     ),
+    "rates": Ladder(  # of both of the next one's rungs, with --split dev --sts_dev: no test
+        "multi_sense",
+        {f"{what}, {rate}": f"{own} --learning_rate {rate}" for what, own in SENSES.items() for rate in RATES},
+        {"STS-B dev": "sts_STS-B dev", "WiC": "wic", "SST-2": "sst2_few", "TREC": "trec_few", "end avg": "end_avg"},
+        {"teacher": ("senses, 1e-4", "teacher")}
+        | {
+            f"{what}, {rate}{more}": (f"{what}, {rate}", row)
+            for what in SENSES
+            for rate in RATES
+            for more, row in (("", "student, without senses"), (", replaced", "student"))
+        },
+    ),
     "senses": Ladder(
         "multi_sense",
-        {"senses": "--all_labels false", "states": "--all_labels false --sense_weight 0 --state_weight 1"},
+        SENSES,
         {"STS avg": "sts_avg", "WiC": "wic", "SST-2": "sst2_few", "TREC": "trec_few", "end avg": "end_avg"},
         {
             "teacher": ("senses", "teacher"),
