@@ -98,14 +98,11 @@ LADDERS = {
         },
         {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
-    "curve": climb(  # over data at equal steps, then over steps at equal data
+    "curve": climb(  # over data at equal steps, then over steps at equal data; between them lie parts, beyond them lealla_e5
         "lealla",
         {
-            **{f"{pairs} pairs a language, 300 steps": f"--max_pairs {pairs} --max_steps 300" for pairs in (125, 500, 2000)},
-            **{
-                f"8000 pairs a language, {steps} steps": f"--max_pairs 8000 --max_steps {steps}"
-                for steps in (75, 150, 300, 600)
-            },
+            f"{pairs} pairs a language, {steps} steps": f"--max_pairs {pairs} --max_steps {steps}"
+            for pairs, steps in ((125, 300), (500, 300), (8000, 300), (8000, 75))
         },
         TRANSLATIONS,
     ),

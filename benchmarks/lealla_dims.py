@@ -2,8 +2,9 @@
 """How small a frozen teacher's vectors may be: `python benchmarks/lealla_dims.py --pairs $DATA/parallel --tatoeba FILE ...`.
 
 LEALLA, Mao and Nakagawa 2023, https://huggingface.co/papers/2302.08387, section 3: the teacher stays as it is, and one Linear
-to k dimensions is trained with the additive-margin softmax, on vectors from the cache. Takes the recipe's flags, and --dims.
-Writes recipes/results/lealla_dims.json.
+to k dimensions is trained with the additive-margin softmax, on vectors from the cache. Beside it the k main directions of the
+same vectors (PCA), which learn nothing from the pairs: what these lose is lost to the number of dimensions alone. Takes the
+recipe's flags, and --dims. Writes recipes/results/lealla_dims.json.
 """
 
 import logging
@@ -43,9 +44,14 @@ def main() -> None:
     pairs = torch.stack([target.encode(list(data.train[side])) for side in ("english", "translation")], dim=1)
     texts = torch.tensor([[hash(row["english"]), hash(row["translation"])] for row in data.train])
 
-    rows = {"teacher": scores(data, target.encode)}
+    rows = {"teacher": scores(data, teacher.encode)}
+    if recipe.center:
+        rows["teacher, centred"] = scores(data, target.encode)
+    main_directions = torch.linalg.eigh(torch.cov(pairs.flatten(0, 1).T))[1].flip(1)
     loss = AdditiveMarginSoftmax(recipe.margin, recipe.scale)
     for dim in [dim for dim in dims if dim <= teacher.dim]:
+        main = main_directions[:, :dim]
+        rows[f"{dim}, PCA"] = scores(data, lambda found, main=main: (target.encode(found) @ main).numpy())
         torch.manual_seed(args.seed)
         head = nn.Linear(teacher.dim, dim)
         optimizer = torch.optim.AdamW(head.parameters(), args.learning_rate)
@@ -57,8 +63,10 @@ def main() -> None:
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            rows[f"{dim} dimensions"] = scores(data, lambda found, head=head: head(target.encode(found)).numpy())
-    results = {"table": rows, "languages": data.facts["languages"], "provenance": provenance(args.seed)}
+            rows[f"{dim}, trained"] = scores(data, lambda found, head=head: head(target.encode(found)).numpy())
+    facts = {"languages": data.facts["languages"], "steps": args.max_steps, "batch": args.per_device_train_batch_size}
+    facts |= {"learning_rate": args.learning_rate, "margin": recipe.margin, "scale": recipe.scale}
+    results = {"table": rows, **facts, "provenance": provenance(args.seed)}
     write_results(RECIPES / "results", results, "lealla_dims")
     print(table(rows))
 

@@ -44,7 +44,7 @@ def main() -> None:
     texts = list(dict.fromkeys(text for code in sorted(trained) for side in test.pairs.get(code, ()) for text in side))
     whole = StudentModel.from_backbone(options.backbone, layers=[0], pooling="mean")
     tokens = [whole.tokenizer.convert_ids_to_tokens(ids) for ids in whole.tokenizer(texts)["input_ids"]]
-    rows = {}
+    rows, coverage = {}, {}
     for size in options.sizes:
         student = copy.deepcopy(whole)
         report = prune_vocabulary(student, data.corpus, size, data.languages)
@@ -57,9 +57,10 @@ def main() -> None:
         some = [texts[i] for i in survive[:: max(len(survive) // options.encoded, 1)]]
         change = (torch.as_tensor(student.encode(some)) - torch.as_tensor(whole.encode(some))).abs().max().item()
         worst = min(report.languages, key=report.languages.__getitem__)
+        coverage[f"{report.kept} tokens"] = report.languages
         rows[f"{report.kept} tokens"] = {
             "weights saved": f"{report.parameters / 1e6:.1f}M",
-            "single characters": sum(len(token) == 1 for token in kept),
+            "single characters": sum(len(token) == 1 for token in kept),  # special tokens stay beside them
             "coverage": 100 * sum(report.languages.values()) / len(report.languages),
             "least": f"{worst} {100 * report.languages[worst]:.2f}",
             "sentences": len(texts),
@@ -67,7 +68,9 @@ def main() -> None:
             "of these cut otherwise": otherwise,
             "largest change of a vector": f"{change:.1e}",
         }
-    write_results(RECIPES / "results", {"table": rows, "languages": trained, "provenance": provenance(0)}, "pruning")
+    write_results(
+        RECIPES / "results", {"table": rows, "languages": trained, "coverage": coverage, "provenance": provenance(0)}, "pruning"
+    )
     print(table(rows))
 
 

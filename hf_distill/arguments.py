@@ -330,7 +330,10 @@ class TranslationArguments(RecipeArguments):
     )
     shape: str | None = field(
         default=None,
-        metadata={"help": "small, base or large: the paper's students, with the backbone's tokenizer."},
+        metadata={
+            "help": "small, base or large: the paper's students, with the backbone's tokenizer. Small if nothing else says "
+            "what the student is: --layers (the backbone's own), --max_params, --from_scratch."
+        },
     )
     max_params: str | None = field(
         default=None, metadata={"help": "In place of a shape: the widest thin, deep student of so many weights: 20M, 20000000."}
@@ -344,6 +347,11 @@ class TranslationArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.coverage <= 1:
+            raise ValueError(
+                f"TranslationArguments: coverage is {self.coverage}, expected a share, above 0 and at most 1. Of the "
+                "vocabulary all that is used, or nothing, would be kept. 99.5 % is 0.995."
+            )
         if self.max_params is not None:
             number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMB]?)", str(self.max_params))
             if not number:

@@ -264,10 +264,14 @@ class DistillationTrainer(Trainer):
             return model(**inputs)
         # Gradient caching (Gao et al. 2021, https://huggingface.co/papers/2101.06983): embeddings first, in parts, then the
         # loss of all of them, then each part once more, for its gradient.
-        blocks = [dict(zip(inputs, part, strict=True)) for part in zip(*(v.split(size) for v in inputs.values()), strict=True)]
         parts: dict[str, list[Tensor]] = {name: [] for name in self.loss.outputs}
-        for block in blocks:
-            output = recompute(model, use_reentrant=False, **block)
+
+        def embed(*values: Tensor) -> Any:
+            return model(**dict(zip(inputs, values, strict=True)))
+
+        for block in zip(*(value.split(size) for value in inputs.values()), strict=True):
+            # By place: of tensors given by name torch does not find the device, whose random state dropout needs again.
+            output = recompute(embed, *block, use_reentrant=False)
             for name, found in parts.items():
                 found.append(output[name])  # the rest of it, states of all tokens, goes
         return {name: torch.cat(found) for name, found in parts.items()}

@@ -21,7 +21,10 @@ class LEALLAArguments(TranslationArguments):
         default_factory=list,
         metadata={"help": "First dimensions of an embedding to score as well; they are not trained for it."},
     )
-    dim: int | None = field(default=None, metadata={"help": "Dimensions of the embedding; the student's width if not given."})
+    dim: int | None = field(
+        default=None,
+        metadata={"help": "Dimensions of the embedding; if not given the width of a student from scratch, else the teacher's."},
+    )
     pooling: str = field(default="cls", metadata={"help": "Of the student: cls (paper), mean or last."})
     activation: str = field(default="tanh", metadata={"help": "Behind the projection: tanh (paper) or identity."})
     center: bool = field(
@@ -32,6 +35,9 @@ class LEALLAArguments(TranslationArguments):
     ams_weight: float = field(default=1.0, metadata={"help": "Weight of the additive-margin softmax; 0 leaves the part out."})
     feature_weight: float = field(default=1.0, metadata={"help": "Weight of feature distillation."})
     logit_weight: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
+    normalize_targets: bool = field(
+        default=True, metadata={"help": "Feature distillation compares with the teacher's vectors at unit length."}
+    )
     logit_temperature: float = field(default=1.0, metadata={"help": "What differences of cosines are divided by."})
 
     def __post_init__(self) -> None:
@@ -46,7 +52,7 @@ class LEALLAArguments(TranslationArguments):
         weights = {"ams": self.ams_weight, "feature": self.feature_weight, "logit": self.logit_weight}
         losses = [
             AdditiveMarginSoftmax(self.margin, self.scale),
-            FeatureDistillation(),
+            FeatureDistillation(self.normalize_targets),
             LogitDistillation(self.logit_temperature),
         ]
         kept = [loss for loss in losses if weights[loss.parts[0]]]

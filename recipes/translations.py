@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Translation, Value, concatenate_datasets
 from demo import EMBEDDED_PAIRS, bible_pairs
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -170,6 +170,11 @@ def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, Pairs]]:
             more = {code: _table(*split_source(source))}
         elif Path(source).is_dir():
             files = sorted(path for path in Path(source).iterdir() if path.name.startswith("eng-"))
+            if not files:
+                raise FileNotFoundError(
+                    f"lealla: the folder {source} holds no file eng-*, expected eng-deu.tsv.gz and the like. The language of "
+                    f"another name is unknown. Say it: deu={source}/<file>."
+                )
             more = {path.name.removeprefix("eng-").split(".")[0]: _table(str(path)) for path in files}
         else:
             more = _by_language(*split_source(source))
@@ -185,13 +190,24 @@ def open_pairs(recipe: Any) -> tuple[dict[str, Dataset], dict[str, Pairs]]:
 
 
 def _table(source: str, columns: list[str] | None = None) -> Dataset:
-    """Return the pairs of a file or Hub data set, org/data@configuration."""
+    """Return the pairs of a file or Hub data set."""
+    return _sides(_load(source), columns, source)
+
+
+def _load(source: str) -> Dataset:
+    """Return a file or Hub data set, org/data@configuration; its sides as columns, where it holds {"en": ..., "de": ...}."""
     name, _, subset = (source, "", "") if Path(source).exists() else source.partition("@")
-    return _sides(load_texts(name, subset or None), columns, source)
+    dataset = load_texts(name, subset or None)
+    if isinstance(dataset.features.get("translation"), (dict, Translation)):  # OPUS on the Hub
+        dataset = dataset.flatten()
+        nested = [column for column in dataset.column_names if column.startswith("translation.")]
+        dataset = dataset.select_columns(nested + [name for name in dataset.column_names if name == "language"])
+        dataset = dataset.rename_columns({column: column.removeprefix("translation.") for column in nested})
+    return dataset
 
 
 def _by_language(source: str, columns: list[str] | None) -> dict[str, Dataset]:
-    dataset = load_texts(source)
+    dataset = _load(source)
     if "language" not in dataset.column_names:
         raise ValueError(
             f"lealla: {source} has {dataset.column_names}, expected a column `language`, or a code before it: deu={source}."

@@ -99,6 +99,9 @@ def test_embeddings_start_from_the_main_directions_of_another_table(backbone_fol
     wide = from_scratch(backbone_folder, 32, 1, 2, 16)
     with pytest.raises(ValueError, match="has 16 dimensions, the student 32"):
         start_embeddings(wide, backbone_folder)
+    student.tokenizer.add_tokens(["newword"])
+    with pytest.raises(ValueError, match=r"tokens, expected the student's \d+, the same ones"):
+        start_embeddings(student, backbone_folder)
 
 
 def test_a_narrow_table_that_holds_all_directions_changes_nothing(backbone_folder, tmp_path):

@@ -105,6 +105,21 @@ def test_languages_are_drawn_in_panels_that_a_page_holds(tmp_path, monkeypatch):
     assert figures[-1].get_size_inches()[0] < 12
 
 
+def test_settings_reach_the_loss_and_the_teacher_and_training_is_judged_on_dev_alone(run, folder):
+    flags = "--margin 0.1 --scale 5 --logit_temperature 0.5 --normalize_targets false --max_steps 2"
+    flags += " --eval_strategy steps --eval_steps 1"
+    results = run(*flags.split(), "--teacher_prompt", "query: ", "--tatoeba", str(folder / "tatoeba.tsv"))
+    assert [{key: value for key, value in loss.items() if key != "name"} for loss in results["loss"]["losses"]] == [
+        {"margin": 0.1, "scale": 5.0},
+        {"normalize": False},
+        {"temperature": 0.5},
+    ]
+    assert results["teacher_fingerprint"]["prompt"] == "query: "
+    judged = [line for line in results["log_history"] if "eval_dev_avg" in line]
+    assert len(judged) == 2
+    assert not any("tatoeba" in key for line in judged for key in line)
+
+
 def test_parts_without_weight_are_not_there(run, folder):
     results = run("--feature_weight", "0", "--logit_weight", "0", "--num_train_epochs", "1")
     assert [loss["name"] for loss in results["loss"]["losses"]] == ["AdditiveMarginSoftmax"]
@@ -250,7 +265,7 @@ def test_pairs_that_lack_a_side_are_left_out_and_an_equals_sign_in_a_folder_is_n
     assert opened("--pairs", f"{folder / 'split=train' / 'all.tsv'}:a,b", "--held_out", 0).facts["languages"] == {"zzz": 60}
 
 
-@pytest.mark.parametrize("kind", ["two files", "table", "one file"])
+@pytest.mark.parametrize("kind", ["two files", "table", "one file", "nested"])
 def test_pairs_are_read_from(run, folder, kind):
     english = make_texts(60, seed=4)
     there = [translate(text, 5) for text in english]
@@ -263,9 +278,10 @@ def test_pairs_are_read_from(run, folder, kind):
         (folder / "all.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
         source = str(folder / "all.tsv")
     else:
-        rows = [{"id": str(i), "en": a, "xx": b} for i, (a, b) in enumerate(zip(english, there, strict=True))]
+        rows = [{"en": a, "xx": b} for a, b in zip(english, there, strict=True)]
+        rows = [{"id": str(i), **({"translation": row} if kind == "nested" else row)} for i, row in enumerate(rows)]
         (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = f"xxx={folder / 'one.jsonl'}:en,xx"
+        source = f"xxx={folder / 'one.jsonl'}{'' if kind == 'nested' else ':en,xx'}"
     results = run("--pairs", source, "--num_train_epochs", "1")
     assert results["data"]["languages"] == {"xxx": 54}
 
@@ -287,10 +303,13 @@ def test_wrong_pairs_are_refused_before_any_work(run, folder, tmp_path):
             (["--layers", "0"], r"'layers': \[0\], 'from_scratch': .* expected one of them"),
             (["--language_temperature", "0.5"], "temperature is 0.5"),
             (["--mini_batch_size", "0"], "mini_batch_size is 0, expected 1 or more"),
+            (["--coverage", "99.5"], "coverage is 99.5, expected a share"),
         )
     ):
         with pytest.raises(ValueError, match=message):
             run(*flags, output=f"refused-{number}")
+    with pytest.raises(FileNotFoundError, match="holds no file eng-"):
+        run("--pairs", str(folder / "pairs" / ".."), output="refused-folder")
     with pytest.raises(ValueError, match="max_params is '20 M', expected a number of weights"):
         parse_arguments(importlib.import_module("lealla").LEALLAArguments, argv=["--max_params", "20 M"])
     for flag in ("max_vocabulary", "embedding_dim"):
@@ -324,6 +343,7 @@ def test_a_student_is_planned_in_a_budget(opened, monkeypatch, folder, words_fol
     assert (student.dim, len(student.settings["layers"])) == (96, 12)
     assert student.settings["vocabulary"]["languages"].keys() == {"english", "aaa", "bbb"}
     assert "tokens kept by language, the least first: " in caplog.text
+    assert f"Plan: {student.num_parameters() / 1e6:.1f}M of 1.5M parameters: 12 layers of 96 dimensions" in caplog.text
     results = json.loads((folder / "planned" / "results.json").read_text())
     assert results["data"]["name"] == "pairs"
 

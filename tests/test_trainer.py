@@ -18,6 +18,7 @@ from hf_distill import (
     TeacherCache,
     WeightedLoss,
 )
+from hf_distill import trainer as trainer_module
 from hf_distill.data import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, SimilarityLoss
@@ -750,13 +751,23 @@ def test_a_head_is_resumed_as_it_was(translate, backbone_folder):
     assert_equal(weights(resumed.student), weights(whole.student))
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(translate):
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(translate, monkeypatch):
     plain, parts = translate(output="plain"), translate(output="parts", mini_batch_size=5)
-    calls = []
+    calls, again, given = [], [], []
     parts.student.register_forward_hook(lambda *_: calls.append(_[2]["embedding"].shape[0]))
+    parts.student.backbone.embeddings.register_forward_pre_hook(lambda *_: again.append(1))
+    original = trainer_module.recompute
+
+    def recompute(function, *tensors, **options):
+        given.append(len(tensors))  # of these alone torch keeps the random state of their device
+        return original(function, *tensors, **options)
+
+    monkeypatch.setattr(trainer_module, "recompute", recompute)
     for trainer in (plain, parts):
         trainer.train()
     assert set(calls) == {5, 1}  # 16 texts: three parts of five, and one
+    assert set(given) == {2} or set(given) == {3}  # ids and mask, with or without types
+    assert len(again) == 2 * len(given)  # each part once more, for its gradient: nothing was kept
     assert losses(parts) == pytest.approx(losses(plain), rel=1e-5)
     assert losses(parts, "grad_norm") == pytest.approx(losses(plain, "grad_norm"), rel=1e-4)
 

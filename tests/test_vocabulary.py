@@ -201,9 +201,15 @@ def test_a_small_language_keeps_its_tokens_beside_a_large_one_and_poor_ones_are_
     assert not set(tokens["large"]) & set(tokens["small"])
     languages = ["large"] * len(large) + ["small"] * len(small)
     with caplog.at_level(logging.WARNING, "hf_distill"):
-        report = prune_vocabulary(subwords, large + small, languages=languages, min_coverage=1.01)
-    assert report.languages == {"large": 1.0, "small": 1.0}
-    assert "less than 101 % of large 100.0 %, small 100.0 %" in caplog.text
+        report = prune_vocabulary(copy.deepcopy(subwords), large + small, languages=languages)
+        assert report.languages == {"large": 1.0, "small": 1.0}
+        assert "less than" not in caplog.text
+        least = prune_vocabulary(copy.deepcopy(subwords), []).kept
+        room = least + (3 if type(subwords.tokenizer.backend_tokenizer.model).__name__ == "Unigram" else 9)
+        report = prune_vocabulary(subwords, large + small, room, languages)
+    (poor, share), (_, other) = sorted(report.languages.items(), key=lambda item: item[1])
+    assert share < 0.9 < 0.99 < other
+    assert f"less than 90 % of {poor} {100 * share:.1f} %. Such text" in caplog.text
     assert subwords.settings["vocabulary"]["languages"] == report.languages
 
 

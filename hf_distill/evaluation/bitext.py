@@ -30,8 +30,7 @@ def load_bitext(source: str | Path, languages: Sequence[str] | None = None) -> d
         languages: Codes to take; all if None.
 
     Raises:
-        ValueError: If a code is not there, a column is missing, or two sides are of unequal length or empty: rows would be
-            judged by the translation of others.
+        ValueError: If a code is not there, or a column is missing. What the rows hold is checked by `BitextEvaluator`.
     """
     pairs: dict[str, Pairs] = {}
     if Path(source).is_dir():
@@ -181,9 +180,9 @@ def mining_threshold(scores: np.ndarray, pairs: np.ndarray, gold: Iterable[tuple
     for count, pair in enumerate(map(tuple, pairs.tolist()), start=1):
         right += pair in known
         f1 = 2 * right / (count + len(known))
-        if f1 > best:
-            after = scores[count] if count < len(scores) else scores[count - 1]
-            best, threshold = f1, float((scores[count - 1] + after) / 2)
+        after = scores[count] if count < len(scores) else -np.inf
+        if f1 > best and after < scores[count - 1]:  # no threshold divides equal scores
+            best, threshold = f1, float(scores[count - 1] if after == -np.inf else (scores[count - 1] + after) / 2)
     return threshold
 
 

@@ -147,6 +147,14 @@ def test_the_threshold_is_that_of_the_best_f1_and_is_used_on_another_set():
     assert other["f1"] > 80
 
 
+def test_a_threshold_does_not_divide_equal_scores():
+    scores, pairs = np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.5]), np.array([[i, i] for i in range(6)])
+    gold = [(0, 0), (1, 1)]
+    threshold = mining_threshold(scores, pairs, gold)
+    assert threshold == pytest.approx(0.7)
+    assert mining_scores(scores, pairs, gold, threshold)["f1"] == pytest.approx(200 / 3)
+
+
 def test_measures_by_hand():
     pairs, gold = np.array([[0, 0], [1, 1], [2, 9], [3, 3]]), [(0, 0), (1, 1), (3, 3), (4, 4)]
     found = mining_scores(np.array([4.0, 3.0, 2.0, 1.0]), pairs, gold, 2.0)

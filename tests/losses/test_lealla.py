@@ -55,6 +55,10 @@ def test_it_grows_with_the_margin_and_is_nothing_for_one_pair():
     assert AdditiveMarginSoftmax()(pairs(1), different(1))["ams"].item() == 0
 
 
+def test_what_compares_pairs_with_each_other_sees_the_batch_of_all_processes():
+    assert [loss.in_batch for loss in (AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation)] == [True, False, True]
+
+
 def test_logits_are_zero_for_a_teacher_turned_scaled_and_widened():
     student = pairs()
     turn = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
