@@ -2,8 +2,9 @@
 """A recipe's parts beside each other, over seeds: `python benchmarks/ladder.py scifact ladder -- --collection $DATA/scifact`.
 
 Runs the recipe for each rung of a ladder and seed with the flags behind `--`, one after the other, in outputs/NAME_LADDER;
-finished runs are kept. Writes recipes/results/NAME_LADDER.json: mean, least and greatest score over seeds. Rungs whose ranges
-overlap count as equal. The data are split by --split_seed, the same for all.
+finished runs are kept. The first one alone scores teacher and untrained student. Writes recipes/results/NAME_LADDER.json:
+mean, least and greatest score over seeds. Rungs whose ranges overlap count as equal. The data are split by --split_seed, the
+same for all.
 """
 
 import argparse
@@ -154,6 +155,7 @@ def main() -> None:
             own = [options.reranker if word == "RERANKER" else word for word in more.split()]
             own += ["--seed", str(seed), "--output_dir", str(output)]
             own += ["--index_report", "false"] if ladder.recipe == "embed_distill" else []
+            own += ["--baselines", "false"] if runs else []
             recipe = [str(ROOT / "recipes" / f"{ladder.recipe}.py"), *options.flags, *own]
             if not (output / "results.json").exists():
                 subprocess.run([sys.executable, *recipe], check=True)
@@ -165,7 +167,7 @@ def main() -> None:
                 )
             runs.setdefault(rung, []).append(results)
     rows = {
-        heading: cells([results["rows"][row] for results in runs[rung]], ladder.scores)
+        heading: cells([results["rows"][row] for results in runs[rung] if row in results["rows"]], ladder.scores)
         for heading, (rung, row) in ladder.rows.items()
     }
     measured = rows[ladder.reference].copy()

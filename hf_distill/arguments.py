@@ -149,6 +149,9 @@ class RecipeArguments:
         default=42,
         metadata={"help": "Decides what is held out of the data and sampled; --seed what is drawn in training."},
     )
+    baselines: bool = field(
+        default=True, metadata={"help": "Score the teacher and the untrained student, too; of several runs, one needs to."}
+    )
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call the texts, if not as they are."})
     license: str | None = field(default=None, metadata={"help": "Licence id of the student, for its card."})
@@ -208,6 +211,7 @@ class RecipeArguments:
             "words",
             "explained",
             "index_report",
+            "baselines",
         )
         return {key: value for key, value in asdict(self).items() if key not in places}
 

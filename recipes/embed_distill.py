@@ -64,12 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     if inherited:
         student.settings["document_encoder"] = retrieval.document_encoder(recipe, towers)
 
+    spaces = {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}
     with report.timed("evaluation"):
-        for name, encoder in {"teacher": towers, **({f"teacher, PCA {recipe.dim}": space} if recipe.dim else {})}.items():
+        for name, encoder in spaces.items() if recipe.baselines else ():
             report.evaluators = retrieval.evaluators(recipe, collections, encoder)
             report.add(name, encoder.encode, towers.num_parameters, encoder.dim, prefixes=encoder is not towers)
         report.evaluators = retrieval.evaluators(recipe, collections, space if inherited else None)
-        report.add("untrained student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
+        if recipe.baselines:
+            report.add("untrained student", student.encode, student.num_parameters(), space.dim, prefixes=bool(recipe.dim))
 
     trainer = DistillationTrainer(
         model=student,

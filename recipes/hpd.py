@@ -62,11 +62,12 @@ def main(argv: list[str] | None = None) -> None:
 
     fidelity = FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims)
     report.evaluators = [fidelity, *sts]
-    with report.timed("evaluation"):
-        report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
-        report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)
-        size = student.num_parameters()  # adapters come on top, and are merged in the end
-        report.add("untrained student", student.encode, size, recipe.dim)
+    size = student.num_parameters()  # adapters come on top, and are merged in the end
+    if recipe.baselines:
+        with report.timed("evaluation"):
+            report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
+            report.add(f"teacher, PCA {recipe.dim}", projected.encode, teacher.num_parameters, recipe.dim)
+            report.add("untrained student", student.encode, size, recipe.dim)
 
     parts = [HPDLoss(normalize=recipe.normalize_loss), SimilarityLoss()]
     trainer = DistillationTrainer(

@@ -17,10 +17,7 @@ from hf_distill.trainer import DistillationTrainer
 class LEALLAArguments(TranslationArguments):
     """What is LEALLA's own."""
 
-    dims: list[int] = field(
-        default_factory=list,
-        metadata={"help": "First dimensions of an embedding to score as well; they are not trained for it."},
-    )
+    dims: list[int] = field(default_factory=list, metadata={"help": "First dimensions to score, too; not trained for it."})
     dim: int | None = field(
         default=None,
         metadata={"help": "Dimensions of the embedding; if not given the width of a student from scratch, else the teacher's."},
@@ -75,9 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         teacher.add([text for evaluator in data.evaluators for text in evaluator.texts()])
         start_student(recipe, student, data.train, target)
     report.evaluators = data.evaluators
-    with report.timed("evaluation"):
-        report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
-        report.add("untrained student", student.encode, size, width, prefixes=False)
+    if recipe.baselines:
+        with report.timed("evaluation"):
+            report.add("teacher", teacher.encode, teacher.num_parameters, teacher.dim, prefixes=False)
+            report.add("untrained student", student.encode, size, width, prefixes=False)
 
     trainer = DistillationTrainer(
         model=student,

@@ -25,9 +25,7 @@ class MultiSenseArguments(TextArguments):
     k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
     select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
-    teacher_layer: int | None = field(
-        default=None, metadata={"help": "Whose states; -1, the last, if not given, or that of the dictionary of --senses."}
-    )
+    teacher_layer: int | None = field(default=None, metadata={"help": "Whose states; the last's (-1), or those of --senses."})
     bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})
     sense_weight: float = field(default=1.0, metadata={"help": "Weight of the senses; 0 leaves the part out."})
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error of states (live teacher)."})
@@ -78,9 +76,10 @@ def main(argv: list[str] | None = None) -> None:
 
     with report.timed("evaluation"):
         report.evaluators.insert(0, FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims))
-        tasks.add("teacher", teacher.states, teacher, teacher.num_parameters)
-        tasks.add("teacher, replaced", live.replaced, teacher, teacher.num_parameters)
-        tasks.add("untrained student", student_states(student, replace=False), student, size)
+        if recipe.baselines:
+            tasks.add("teacher", teacher.states, teacher, teacher.num_parameters)
+            tasks.add("teacher, replaced", live.replaced, teacher, teacher.num_parameters)
+            tasks.add("untrained student", student_states(student, replace=False), student, size)
 
     given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}
     trainer = DistillationTrainer(model=student, args=args, **given)

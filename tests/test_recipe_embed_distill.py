@@ -194,7 +194,8 @@ def test_an_index_that_exists_is_not_encoded_again(run, collection, teacher_fold
 def test_more_queries_and_a_reranker(run, backbone_folder, tmp_path):
     reranker = make_reranker(tmp_path / "reranker", backbone_folder)
     flags = ["--spans", "1", "--reranker", reranker, "--num_train_epochs", "1", "--test_split", "", "--index_report", "false"]
-    results = run(*flags)
+    results = run(*flags, "--baselines", "false")
+    assert list(results["rows"]) == ["student"]
     assert results["data"]["made_queries"] > 100
     assert results["reranker"] == "reranker"
     scores = [line["loss_score"] for line in results["log_history"] if "loss_score" in line]

@@ -106,7 +106,7 @@ def test_languages_are_drawn_in_panels_that_a_page_holds(tmp_path, monkeypatch):
 
 
 def test_settings_reach_the_loss_and_the_teacher_and_training_is_judged_on_dev_alone(run, folder):
-    flags = "--margin 0.1 --scale 5 --logit_temperature 0.5 --normalize_targets false --max_steps 2"
+    flags = "--margin 0.1 --scale 5 --logit_temperature 0.5 --normalize_targets false --max_steps 2 --baselines false"
     flags += " --eval_strategy steps --eval_steps 1"
     results = run(*flags.split(), "--teacher_prompt", "query: ", "--tatoeba", str(folder / "tatoeba.tsv"))
     assert [{key: value for key, value in loss.items() if key != "name"} for loss in results["loss"]["losses"]] == [
@@ -115,6 +115,8 @@ def test_settings_reach_the_loss_and_the_teacher_and_training_is_judged_on_dev_a
         {"temperature": 0.5},
     ]
     assert results["teacher_fingerprint"]["prompt"] == "query: "
+    assert list(results["rows"]) == ["student"]
+    assert "Beside its teacher" not in (folder / "out" / "README.md").read_text()
     judged = [line for line in results["log_history"] if "eval_dev_avg" in line]
     assert len(judged) == 2
     assert not any("tatoeba" in key for line in judged for key in line)

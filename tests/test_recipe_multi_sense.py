@@ -160,7 +160,9 @@ def test_what_dev_chooses_is_made_from_the_texts_that_are_trained_on_when_it_is_
     ],
 )
 def test_other_losses(run, flags, parts):
-    log = run(*flags.split(), "--num_train_epochs", "1")["log_history"]
+    results = run(*flags.split(), "--num_train_epochs", "1", "--baselines", "false")
+    assert list(results["rows"]) == ["student, without senses", "student"]
+    log = results["log_history"]
     assert {key for line in log for key in line if key.startswith("loss_")} == parts
 
 

@@ -168,7 +168,8 @@ def test_lora_flags_train_adapters_and_leave_a_plain_student(inputs, tmp_path, m
 
 def test_sts_adds_rows_and_leaves_the_training_as_it_is(inputs, tmp_path, monkeypatch):
     flags, sts = inputs
-    plain = run(flags, tmp_path / "plain", monkeypatch, "cache-a")
+    plain = run([*flags, "--baselines", "false"], tmp_path / "plain", monkeypatch, "cache-a")
+    assert list(plain["rows"]) == ["student"]
     scored = run([*flags, "--sts", sts], tmp_path / "scored", monkeypatch, "cache-b")
     assert plain["data"] == scored["data"]
     assert [line["loss"] for line in plain["log_history"] if "loss" in line] == [
