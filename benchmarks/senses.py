@@ -2,8 +2,9 @@
 """How many senses, chosen how, of which layer: `python benchmarks/senses.py --sts_dev $DATA/sts --wic $DATA/wic ...`.
 
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
-itself, on dev. Nothing is trained. Takes the recipe's flags; `--layers` and `--numbers` are the layers and the k to try.
-Writes recipes/results/senses_<teacher>.json, again after each row; the same command goes on from there.
+itself, on dev: with senses of [CLS] and [SEP], and with the states of these kept. Nothing is trained. Takes the recipe's flags;
+`--layers` and `--numbers` are the layers and the k to try. Writes recipes/results/senses_<teacher>.json, again after each row;
+the same command goes on from there.
 
 The rule, fixed before the first run: the tasks are STS-B, WiC, SST-2 and TREC, dev of each (of TREC a tenth of its training
 texts), and count alike, classification with 8 texts a label. Of the last layer's dictionaries (its states are what the teacher
@@ -113,8 +114,9 @@ def main() -> None:
             more = {"k": k, "MB": statistics(dictionary, texts.held_out)["mb"]}
             if recipe.words:
                 more["words"] = word_similarity(sense_vectors(dictionary), recipe.words)["words_avg"]
-            for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
-                score(f"layer {layer}, k {k}, {select}", SenseTeacher(tested, dictionary, select).replaced, tested, more)
+            for made, apart in ((dictionary, ""), (dictionary.without_special_tokens(), ", special tokens kept")):
+                for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
+                    score(f"layer {layer}, k {k}, {select}{apart}", SenseTeacher(tested, made, select).replaced, tested, more)
     print(table(rows), f"\n\nChosen: {choose(rows)}")
 
 

@@ -24,6 +24,7 @@ from .token_teacher import TokenTeacher
 logger = logging.get_logger(__name__)
 Rule = Callable[[np.ndarray], int]
 
+_GPU_FROM = 1_000_000  # states times senses: faiss sets a GPU up anew for each token, which small ones do not repay
 _NUMBERS = 800_000  # texts of one file times the states' width: what a killed run loses at most
 
 
@@ -275,9 +276,10 @@ def _cluster(vectors: np.ndarray, k: int | Rule, seed: int) -> tuple[np.ndarray,
     if len({row.tobytes() for row in vectors}) <= wanted:
         distinct, counts = np.unique(vectors, axis=0, return_counts=True)
         return distinct.astype(np.float16), counts
+    large = len(vectors) * wanted >= _GPU_FROM and torch.cuda.is_available()
     kmeans = faiss.Kmeans(
         vectors.shape[1], wanted, seed=seed, niter=25, min_points_per_centroid=1, max_points_per_centroid=len(vectors),
-        gpu=bool(torch.cuda.is_available() and faiss.get_num_gpus()) if "get_num_gpus" in dir(faiss) else False,
+        gpu=large and "get_num_gpus" in dir(faiss) and faiss.get_num_gpus() > 0,
     )  # fmt: skip
     kmeans.train(vectors)
     _, closest = kmeans.index.search(vectors, 1)

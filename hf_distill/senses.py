@@ -89,6 +89,20 @@ class SenseDictionary:
         """Return the senses of a token, [k, D] float32; k may be 0."""
         return self.senses[self.offsets[token] : self.offsets[token + 1]].float()
 
+    def without_special_tokens(self) -> "SenseDictionary":
+        """Return it without senses of the tokens that stand around a text, such as [CLS] and [SEP]: they keep their states.
+
+        Such a token means nothing by itself; its state sums up the whole text, and few senses hold little of that. The released
+        code leaves them out for DeBERTa, and not for language models.
+        """
+        number, special = self.offsets.diff(), torch.tensor(self.tokenizer.all_special_ids)
+        kept = torch.ones(len(number), dtype=torch.bool)
+        kept[special] = False
+        rows = kept.repeat_interleave(number)
+        offsets = torch.cat([self.offsets[:1], (number * kept).cumsum(0)])
+        facts = {**self.facts, "special_tokens": False}
+        return SenseDictionary(self.senses[rows], offsets, self.counts[rows], facts, self.tokenizer)
+
     def known(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return which tokens have senses: a boolean tensor of the shape of ids; padding (mask 0) has none."""
         _, offsets, _ = self._on(ids.device)

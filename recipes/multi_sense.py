@@ -24,6 +24,7 @@ class MultiSenseArguments(TextArguments):
     dim: int | None = field(default=None, metadata={"help": "The teacher's width, for a student of another; else none."})
     k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
+    special_tokens: bool = field(default=True, metadata={"help": "Whether [CLS] and the like have senses in one that is made."})
     select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
     teacher_layer: int | None = field(default=None, metadata={"help": "Whose states; the last's (-1), or those of --senses."})
     bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})

@@ -55,7 +55,9 @@ class EndTasks:
         report.evaluators = [*sts_evaluators(recipe), *(classes[name, split] for name in names)]
         self.wic = WiCEvaluator(recipe.wic, test=split) if recipe.wic else None
         sets = STS_SETS if recipe.sts else STS_DEV_SETS  # beside the tests, dev is no task of its own
-        self.report, self.ends = report, {"wic", *(f"sts_{name}" for name in sets), *(f"{name}_few" for name in names)}
+        scored = sets if recipe.sts or recipe.sts_dev else ()
+        self.ends = [*(["wic"] if self.wic else []), *(f"sts_{name}" for name in scored), *(f"{name}_few" for name in names)]
+        self.report = report
         # Of all splits, so that what dev chooses was made from the texts that are trained on when it is tested.
         sources: list[Any] = [*classes.values(), *([WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else [])]
         for sts in sorted({recipe.sts, recipe.sts_dev} - {None}):
@@ -79,9 +81,8 @@ class EndTasks:
         scores = self.report.rows[name]["scores"]
         if self.wic:
             scores |= self.wic(word_states(model.tokenizer, states))
-        ends = [scores[key] for key in scores if key in self.ends]
-        if ends:
-            scores["end_avg"] = float(np.mean(ends))
+        if self.ends:
+            scores["end_avg"] = float(np.mean([scores[key] for key in self.ends]))
 
 
 def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
@@ -141,6 +142,7 @@ def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -
         dictionary = build_senses(
             teacher, texts.all(), states, recipe.k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size
         )
+        dictionary = dictionary if recipe.special_tokens else dictionary.without_special_tokens()
         dictionary.facts |= {"select": recipe.select, "license": recipe.license}
     if args.process_index == 0:
         dictionary.save_pretrained(folder)
@@ -193,6 +195,15 @@ def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list
     return right / max(1, total)
 
 
+def agreement(source: SenseTeacher, texts: list[str]) -> float:
+    """Return the mean cosine between the teacher's embeddings with states replaced and as they are."""
+
+    def embed(batch: list[str]) -> torch.Tensor:
+        return functional.normalize(pool(*source.replaced(batch), "mean"), dim=-1)
+
+    return float((encode_sorted(embed, texts, 32) * source.teacher.encode(texts)).sum(-1).mean())
+
+
 def explain_words(recipe: Any, args: Any, source: SenseTeacher, texts: Iterable[str]) -> None:
     """Write the senses of `--explained` with their contexts, and a map each: people look before they trust. Not published."""
     folder, found = Path(args.output_dir) / "explained", []
@@ -216,6 +227,7 @@ def dictionary_facts(recipe: Any, source: SenseTeacher, student: MultiSenseStude
     dictionary = source.dictionary
     facts: dict[str, Any] = {"dictionary": {**dictionary.facts, **statistics(dictionary, texts)}}
     facts["dictionary"]["sense_accuracy"] = 100 * sense_accuracy(source, student, texts)
+    facts["dictionary"]["agreement"] = agreement(source, texts)
     if EMBEDDED in recipe.texts:
         facts["dictionary"] |= sense_purity(source, gcide_contexts())
     if recipe.words:

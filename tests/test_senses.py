@@ -72,6 +72,23 @@ def test_replacement_is_that_of_a_double_loop(teacher, dictionary, select):
     assert kept > 1
 
 
+def test_tokens_around_a_text_keep_their_states_and_all_others_their_senses(teacher, dictionary, tmp_path):
+    states, ids, mask = read(teacher, make_texts(9, seed=3))
+    special = torch.isin(ids, torch.tensor(teacher.tokenizer.all_special_ids)) & mask.bool()
+    assert special.sum() == 2 * len(ids)
+    apart = dictionary.without_special_tokens()
+    (before, old), (after, new) = (made.lookup(states, ids, mask, "l2") for made in (dictionary, apart))
+    assert torch.equal(after[special], states[special])
+    assert (before[special] - states[special]).abs().max() > 1e-3
+    assert torch.equal(after[~special], before[~special])
+    assert torch.equal(new, old.masked_fill(special, -1))
+    assert int(apart.counts.sum()) < int(dictionary.counts.sum())
+    assert apart.digest != dictionary.digest
+    apart.save_pretrained(tmp_path)
+    opened = SenseDictionary.from_pretrained(tmp_path)
+    assert (opened.digest, opened.facts["special_tokens"]) == (apart.digest, False)
+
+
 def test_as_many_senses_as_states_leave_every_state_as_it_is(teacher, texts, tmp_path):
     whole = build_senses(teacher, texts, tmp_path, k=10**6, cap=10**6)
     states, ids, mask = read(teacher, texts[:20])

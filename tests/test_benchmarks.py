@@ -1,0 +1,122 @@
+"""benchmarks/: what hours of runs are started with, and what is made of them."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_texts
+
+from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
+from hf_distill.token_teacher import TokenTeacher
+
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {"embed_distill": "EmbedDistillArguments", "lealla": "LEALLAArguments", "multi_sense": "MultiSenseArguments"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    for folder in ("recipes", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    return importlib.import_module
+
+
+def test_every_rung_is_flags_of_its_recipe_and_every_row_is_of_a_rung(benchmark):
+    ladders = benchmark("ladder").LADDERS
+    assert {"ladder", "reranker", "parts", "choices", "curve", "rates", "senses"} <= ladders.keys()
+    for ladder in ladders.values():
+        arguments = getattr(benchmark(ladder.recipe), ARGUMENTS[ladder.recipe])
+        for flags in ladder.rungs.values():
+            parse_arguments(arguments, DistillationTrainingArguments, argv=[*flags.split(), "--output_dir", "out"])
+        assert len(set(ladder.rungs.values())) == len(ladder.rungs)
+        assert {rung for rung, _ in ladder.rows.values()} == ladder.rungs.keys()
+        assert ladder.rows[ladder.reference] == (next(iter(ladder.rungs)), "teacher")  # the run that scores it
+
+
+@pytest.fixture
+def ladder(benchmark, monkeypatch, tmp_path):
+    """Return a function that climbs a ladder whose runs are made up, and the commands it started."""
+    module, started = benchmark("ladder"), []
+
+    def run(words, check):
+        started.append(words[1:])
+        own = dict(zip(words[2::2], words[3::2], strict=True))
+        score = 10.0 * int(own["--seed"]) + float(own.get("--learning_rate", 0)) + (own.get("--state_weight", "0") == "1")
+        rows = {"student": score, "student, without senses": score - 1}
+        if "--baselines" not in own:
+            rows |= {"teacher": 50.0, "teacher, replaced": 49.0, "untrained student": 1.0}
+        scores = {name: {"scores": {"end_avg": value, "sts_avg": value}} for name, value in rows.items()}
+        made = {"command": module.command(words[1:])}
+        Path(own["--output_dir"]).mkdir(parents=True)
+        content = json.dumps({"parameters": 2_000_000, "rows": scores, "provenance": made})
+        (Path(own["--output_dir"]) / "results.json").write_text(content)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "provenance", lambda seed: {"seed": seed})
+    (tmp_path / "recipes" / "results").mkdir(parents=True)
+
+    def climb(*flags):
+        monkeypatch.setattr(sys, "argv", ["ladder.py", "made", *flags])
+        module.main()
+        return json.loads((tmp_path / "recipes" / "results" / f"made_{flags[0]}.json").read_text())
+
+    return climb, started
+
+
+def test_a_ladder_starts_each_rung_and_seed_once_and_averages_over_seeds(ladder, capsys):
+    climb, started = ladder
+    found = climb("senses", "--seeds", "1", "2", "--", "--k", "5")
+    assert len(started) == 6
+    assert ["--baselines" in words for words in started] == [False] + [True] * 5
+    assert all(words[1:3] == ["--k", "5"] for words in started)
+    rows = found["table"]
+    assert rows["teacher"]["end avg"] == 50
+    assert rows["student of states, replaced"]["end avg"] == pytest.approx(16.0003)  # a made-up 11 and 21
+    assert rows["student of states"]["end avg, range"] == "10.00–20.00"
+    assert rows["student of senses, replaced"]["end avg, of the teacher"] == pytest.approx(30, abs=0.01)
+    assert climb("senses", "--seeds", "1", "2", "--", "--k", "5") == found
+    assert len(started) == 6  # finished runs are kept
+    with pytest.raises(SystemExit):
+        climb("senses", "--seeds", "1", "2", "--", "--k", "7")
+    assert "Its scores would stand beside those of other flags" in capsys.readouterr().err
+
+
+def test_what_settings_are_chosen_by_takes_no_test(ladder, capsys):
+    climb, started = ladder
+    with pytest.raises(SystemExit):
+        climb("rates", "--seeds", "1", "--", "--sts", "folder")
+    assert "expected --sts_dev in place of --sts, the tests" in capsys.readouterr().err
+    climb("rates", "--seeds", "1", "--", "--sts_dev", "folder")
+    assert all(words[words.index("--split") + 1] == "dev" for words in started)
+    assert len(started) == 6
+
+
+def test_the_rule_takes_the_best_of_the_smallest_k_near_the_best(benchmark):
+    choose = benchmark("senses").choose
+    rows = {
+        "layer -1": {"end avg": 90.0},
+        "layer -1, k 1, dot": {"k": 1, "end avg": 69.0},
+        "layer -1, k 5, dot": {"k": 5, "end avg": 79.9},
+        "layer -1, k 5, l2": {"k": 5, "end avg": 79.95},
+        "layer -1, k 20, l2": {"k": 20, "end avg": 80.1},
+        "layer -2, k 1, l2": {"k": 1, "end avg": 85.0},
+    }
+    assert choose(rows | {"layer -1": {"end avg": 90.0}}) == "layer -1, k 5, l2"
+    assert choose({}) is None
+
+
+def test_remembered_states_are_the_teachers(benchmark, backbone_folder):
+    texts = make_texts(40)
+    teacher, remembered = (kind(backbone_folder, dtype="float32") for kind in (TokenTeacher, benchmark("senses").Remembered))
+    for batch in (texts[:9], texts[5:30], texts[:9]):
+        states, ids, mask = teacher.read(batch)
+        found, own, real = remembered.read(batch)
+        assert torch.equal(own, ids)
+        assert torch.equal(real, mask)
+        assert (found - states * mask.unsqueeze(-1)).abs().max() < 2e-3
+    assert len(remembered.known) == 30
