@@ -112,7 +112,7 @@ LADDERS = {
         "lealla",
         {
             f"{pairs} pairs a language, {steps} steps": f"--max_pairs {pairs} --max_steps {steps}"
-            for pairs, steps in ((125, 300), (500, 300), (8000, 300), (8000, 75))
+            for pairs, steps in ((500, 300), (8000, 300), (8000, 75))
         },
         TRANSLATIONS,
     ),
