@@ -154,3 +154,30 @@ def test_the_small_query_encoder_keeps_what_was_asked_of_it():
     reranker = RUNS["scifact_reranker"]["table"]
     assert len(RUNS["scifact_reranker"]["seeds"]) == 3
     assert reranker["+ dual pooling"]["test"] < reranker["+ reranker's scores"]["test"] < reranker["labels"]["test"]  # missed
+
+
+def test_lealla_s_parts_gain_what_was_asked_of_them_and_its_student_is_a_fifth():
+    table = RUNS["e5_parts"]["table"]
+    assert len(RUNS["e5_parts"]["seeds"]) >= 2
+    low, high = (table[row]["trained languages, range"] for row in ("AMS + feature + logit", "AMS"))
+    assert float(low.split("–")[0]) >= float(high.split("–")[1]) + 1
+    rows = STUDENTS["lealla_e5"]["rows"]
+    assert rows["student"]["parameters"] <= rows["teacher"]["parameters"] / 5
+    trained = {name: row["scores"]["tatoeba_trained"] for name, row in rows.items()}
+    assert trained["untrained student"] < trained["student"] < trained["teacher"] - 3.0  # the goal is missed, as about.md says
+
+
+def test_a_cut_vocabulary_changes_nothing_of_what_it_keeps():
+    for row in RUNS["pruning"]["table"].values():
+        assert row["all tokens kept"] > 9_000
+        assert row["of these cut otherwise"] == 0
+        assert float(row["largest change of a vector"]) < 1e-5
+
+
+def test_steps_not_pairs_limit_the_short_runs_of_lealla():
+    found = {name: row["trained languages"] for name, row in RUNS["e5_curve"]["table"].items()}
+    assert abs(found["8000 pairs a language, 300 steps"] - found["500 pairs a language, 300 steps"]) < 1
+    assert found["8000 pairs a language, 300 steps"] > found["8000 pairs a language, 75 steps"] + 5
+    longest = STUDENTS["lealla_e5"]
+    assert longest["rows"]["student"]["scores"]["tatoeba_trained"] > found["8000 pairs a language, 300 steps"] + 5
+    assert longest["hyperparameters"]["steps"] == 2270
