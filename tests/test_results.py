@@ -181,3 +181,11 @@ def test_steps_not_pairs_limit_the_short_runs_of_lealla():
     longest = STUDENTS["lealla_e5"]
     assert longest["rows"]["student"]["scores"]["tatoeba_trained"] > found["8000 pairs a language, 300 steps"] + 5
     assert longest["hyperparameters"]["steps"] == 2270
+
+
+def test_a_trained_linear_of_few_dimensions_keeps_what_main_directions_lose():
+    rows = {name: row["tatoeba trained"] for name, row in RUNS["lealla_dims"]["table"].items()}
+    assert rows["128, trained"] > rows["teacher"] + 3
+    assert rows["128, trained"] > rows["384, trained"] - 0.5
+    assert rows["32, trained"] > rows["32, PCA"] + 30
+    assert RUNS["lealla_dims"]["steps"] == 5000
