@@ -103,16 +103,21 @@ def prune_vocabulary(
         f"StudentModel: {report.kept} of {report.of} tokens kept, {saved / 1e6:.1f}M parameters saved; they are "
         f"{100 * covered:.2f} % of the corpus, {100 * report.whole_texts:.1f} % of its texts are tokenised as before."
     )
-    worst = [f"{language} {100 * share:.2f} %" for language, share in sorted(named.items(), key=lambda item: item[1])[:10]]
+    _name_languages(named, min_coverage)
+    return report
+
+
+def _name_languages(coverage: dict[str, float], least: float) -> None:
+    """Say which languages keep the smallest share of their tokens; warn of those that keep less than `least`."""
+    worst = [f"{language} {100 * share:.2f} %" for language, share in sorted(coverage.items(), key=lambda item: item[1])[:10]]
     if worst:
         logger.info(f"StudentModel: tokens kept by language, the least first: {', '.join(worst)}.")
-    poor = [f"{language} {100 * share:.1f} %" for language, share in sorted(named.items()) if share < min_coverage]
+    poor = [f"{language} {100 * share:.1f} %" for language, share in sorted(coverage.items()) if share < least]
     if poor:
         logger.warning(
-            f"prune_vocabulary: the kept tokens are less than {100 * min_coverage:.0f} % of {', '.join(poor)}. Such text is "
+            f"prune_vocabulary: the kept tokens are less than {100 * least:.0f} % of {', '.join(poor)}. Such text is "
             "spelt in shorter pieces than its embeddings were trained for. Raise max_tokens."
         )
-    return report
 
 
 def vocabulary_for(
