@@ -52,7 +52,7 @@ SEARCH = {"dev": "dev_ndcg10", "test": "test_ndcg10"}
 SYMMETRIC = "--symmetric true --num_train_epochs 4"
 UNMATCHED = f"{SYMMETRIC} --query_weight 0 --document_weight 0"
 RATES = ("3e-4", "1e-3")
-# What a student of senses learns; the mean squared error is one over dimensions, a fiftieth of the senses' gradient or less.
+# What a student learns; the squared error is a mean over dimensions, so its gradient is small beside that of senses.
 SENSES = {
     "senses": "--all_labels false",
     "senses and states": "--all_labels false --state_weight 100",
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of the recipe, behind --")
     options = parser.parse_intermixed_args()
     ladder = LADDERS[options.ladder]
-    if ladder.dev and "--sts" in options.flags:
+    if ladder.dev and any(flag.partition("=")[0] == "--sts" for flag in options.flags):
         parser.error(f"{options.ladder} is what settings are chosen by, expected --sts_dev in place of --sts, the tests.")
     folder = ROOT / "outputs" / f"{options.name}_{options.ladder}"
     runs: dict[str, list[dict[str, Any]]] = {}

@@ -24,7 +24,7 @@ from .token_teacher import TokenTeacher
 logger = logging.get_logger(__name__)
 Rule = Callable[[np.ndarray], int]
 
-_GPU_FROM = 1_000_000  # states times senses: faiss sets a GPU up anew for each token, which small ones do not repay
+_GPU_FROM = 1_000_000  # states times senses: faiss sets a GPU up anew for each token; the bound is a guess, not timed
 _NUMBERS = 800_000  # texts of one file times the states' width: what a killed run loses at most
 
 

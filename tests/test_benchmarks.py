@@ -89,8 +89,10 @@ def test_a_ladder_starts_each_rung_and_seed_once_and_averages_over_seeds(ladder,
 
 def test_what_settings_are_chosen_by_takes_no_test(ladder, capsys):
     climb, started = ladder
-    with pytest.raises(SystemExit):
-        climb("rates", "--seeds", "1", "--", "--sts", "folder")
+    for flags in (["--sts", "folder"], ["--sts=folder"]):
+        with pytest.raises(SystemExit):
+            climb("rates", "--seeds", "1", "--", *flags)
+    assert not started
     assert "expected --sts_dev in place of --sts, the tests" in capsys.readouterr().err
     climb("rates", "--seeds", "1", "--", "--sts_dev", "folder")
     assert all(words[words.index("--split") + 1] == "dev" for words in started)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_backbone, make_texts
 
 from hf_distill.cli import _open
@@ -124,6 +125,11 @@ def test_a_dictionary_that_exists_is_used_and_one_of_other_words_refused(run, fo
     for flag, other in (("--teacher_layer", "1"), ("--teacher_max_length", "5"), ("--bidirectional", "true")):
         with pytest.raises(ValueError, match=f"first-senses was made with .*'{flag.removeprefix('--teacher_').strip('-')}'"):
             run("--senses", str(folder / "first-senses"), flag, other, output=f"with{flag}")
+    with pytest.raises(ValueError, match="first-senses has senses of such tokens, expected none"):
+        run("--senses", str(folder / "first-senses"), "--special_tokens", "false", output="special")
+    run("--special_tokens", "false", "--baselines", "false", "--num_train_epochs", "1", output="apart")
+    apart = MultiSenseStudent.from_pretrained(folder / "apart").dictionary
+    assert not apart.known(torch.tensor(apart.tokenizer.all_special_ids)).any()
     known = SenseDictionary.from_pretrained(folder / "first-senses")
     known.tokenizer.add_tokens(["zebra"])
     end = known.offsets[10]
