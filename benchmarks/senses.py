@@ -87,9 +87,9 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     name = recipe.teacher_name or Path(recipe.teacher[0]).name
     file = RECIPES / "results" / f"senses_{Path(name).name.lower()}.json"
-    made = provenance(recipe.split_seed)
+    run = provenance(recipe.split_seed)
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    if known.get("provenance", {}).get("command") == made["command"]:  # stopped before
+    if known.get("provenance", {}).get("command") == run["command"]:  # stopped before
         rows |= known["table"]
     facts = {"teacher": name, "split": recipe.split, "texts": texts.facts(recipe.texts_name)}
 
@@ -97,7 +97,7 @@ def main() -> None:
         if row not in rows:
             tasks.add(row, states, model, model.num_parameters)
             rows[row] = cells(report.rows[row]["scores"]) | (more or {})
-            results = {"table": rows, "chosen": choose(rows), **facts, "provenance": made}
+            results = {"table": rows, "chosen": choose(rows), **facts, "provenance": run}
             write_results(file.parent, results, file.stem)
             print(row, rows[row], flush=True)
 

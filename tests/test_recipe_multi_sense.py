@@ -94,6 +94,7 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert "replaced by senses of the dictionary `out-senses`, a repository beside this one, before" in card
     assert 'the row "student, without senses"' in card
     assert "classification with 8 texts a label" in card
+    assert f" MB, its dictionary another {facts['mb']:.0f} MB; it encodes with senses." in card
     assert "with senses, " in card.split("Word similarity")[1]
     assert "comparable as they are" not in card  # replaced states are the teacher's own
     check_layout(folder / "out")
