@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_texts
+from conftest import make_backbone, make_texts
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.token_teacher import TokenTeacher
@@ -123,3 +123,38 @@ def test_remembered_states_are_the_teachers(benchmark, backbone_folder):
         assert torch.equal(real, mask)
         assert (found - states * mask.unsqueeze(-1)).abs().max() < 2e-3
     assert len(remembered.known) == 30
+
+
+def test_the_sweep_scores_every_combination_once_and_goes_on_where_it_stopped(benchmark, monkeypatch, word_tests):
+    module, folder = benchmark("senses"), word_tests
+    monkeypatch.setattr(module, "RECIPES", folder)
+    (folder / "results").mkdir()
+    teacher = make_backbone(folder / "teacher", seed=5)
+    words = f"senses.py --texts {folder / 'texts.txt'} --teacher {teacher} --backbone {teacher} --held_out 20"
+    words += (
+        f" --cache_dir {folder} --wic {folder / 'wic'} --classification {folder / 'classes'} --words {folder / 'words.tsv'}"
+    )
+
+    def sweep(*more):
+        monkeypatch.setattr(sys, "argv", [*words.split(), "--use_cpu", "true", "--output_dir", str(folder / "out"), *more])
+        module.main()
+        return json.loads((folder / "results" / "senses_teacher.json").read_text())
+
+    asked = ("--layers", "-1", "-2", "--numbers", "1", "3")
+    found = sweep(*asked)
+    rows = found["table"]
+    assert len(rows) == 2 * (1 + 2 * (1 + 3))
+    assert found["chosen"] == module.choose(rows)
+    assert found["provenance"]["command"].startswith("senses.py --texts")
+    for row in rows.values():
+        assert row["end avg"] == pytest.approx((row["wic"] + row["made few"]) / 2, abs=1e-3)
+    apart = rows["layer -1, k 3, dot, special tokens kept"]
+    assert apart["k"] == 3
+    assert apart != rows["layer -1, k 3, dot"] != rows["layer -2, k 3, dot"]
+    assert {"MB", "words"} <= apart.keys()
+    added = []
+    monkeypatch.setattr(module.EndTasks, "add", lambda *row: added.append(row[1]))
+    assert sweep(*asked) == found
+    assert not added  # all of them stood in the file
+    with pytest.raises(SystemExit, match="tests are not chosen on"):
+        sweep("--split", "test")

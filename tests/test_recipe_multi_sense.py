@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone, make_texts
+from conftest import make_backbone
 
 from hf_distill.cli import _open
 from hf_distill.evaluation.word_sense import ClassificationEvaluator
@@ -21,26 +21,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Return a folder of texts, and of every test that the recipe takes, made of other texts."""
-    texts = make_texts(400)
-    (tmp_path / "texts.txt").write_text("\n".join(texts[:250]))
-    fresh = [text for text in texts[250:] if "cat" in text.split()]
-    assert len(fresh) > 24
-    rows = [("word", "sentence1", "sentence2", "index1", "index2", "label")]
-    places = [(text, text.split(" ").index("cat")) for text in fresh]
-    rows += [("cat", a, b, i, j, n % 2) for n, ((a, i), (b, j)) in enumerate(zip(places[:12], places[12:24], strict=True))]
-    (tmp_path / "wic").mkdir()
-    for split, own in (("train", rows[:7]), ("test", rows[:1] + rows[7:]), ("dev", rows[:5])):
-        (tmp_path / "wic" / f"{split}.tsv").write_text("".join("\t".join(map(str, row)) + "\n" for row in own))
-    (tmp_path / "classes").mkdir()
-    for split, own in (("train", texts[300:360]), ("test", texts[360:400])):
-        lines = ["text\tlabel", *(f"{text}\t{'cat' in text}" for text in own)]
-        (tmp_path / "classes" / f"made-{split}.tsv").write_text("\n".join(lines) + "\n")
-    pairs = [("cat", "dog", 3), ("mat", "rug", 9), ("fox", "dog", 6), ("sea", "sky", 5), ("red", "blue", 8)]
-    lines = ["word1\tword2\tscore\tset", *(f"{a}\t{b}\t{score}\tmade" for a, b, score in pairs)]
-    (tmp_path / "words.tsv").write_text("\n".join(lines) + "\n")
-    return tmp_path
+def folder(word_tests):
+    """Return `word_tests`, by a short name."""
+    return word_tests
 
 
 @pytest.fixture
