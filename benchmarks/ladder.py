@@ -108,6 +108,15 @@ LADDERS = {
         },
         {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
+    "start": climb(  # of the default run, whose student begins from random weights
+        "lealla",
+        {
+            f"{what}, learning rate {rate}": f"{own} --learning_rate {rate} --max_steps 235"
+            for what, own in {"weights 1": "", "weights 10 and 100": "--feature_weight 10 --logit_weight 100"}.items()
+            for rate in RATES
+        },
+        {"dev": "dev_avg"},
+    ),
     "curve": climb(  # over data at equal steps, then over steps at equal data; between them lie parts, beyond them lealla_e5
         "lealla",
         {

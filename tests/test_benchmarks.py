@@ -27,7 +27,7 @@ def benchmark(monkeypatch):
 
 def test_every_rung_is_flags_of_its_recipe_and_every_row_is_of_a_rung(benchmark):
     ladders = benchmark("ladder").LADDERS
-    assert {"ladder", "reranker", "parts", "choices", "curve", "rates", "senses"} <= ladders.keys()
+    assert {"ladder", "reranker", "parts", "choices", "start", "curve", "rates", "senses"} <= ladders.keys()
     for ladder in ladders.values():
         arguments = getattr(benchmark(ladder.recipe), ARGUMENTS[ladder.recipe])
         for flags in ladder.rungs.values():
