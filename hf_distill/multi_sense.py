@@ -68,14 +68,14 @@ class MultiSenseStudent(StudentModel):
             student.config.is_causal = student.backbone.config.is_causal = False
         return student
 
-    def attach(self, dictionary: SenseDictionary, name: str | Path, revision: str | None = None, select: str = "dot") -> None:
+    def attach(self, dictionary: SenseDictionary, name: str | Path, revision: str | None = None, select: str = "l2") -> None:
         """Let the student speak a dictionary's senses.
 
         Args:
             dictionary: Of the teacher's tokenizer, which must be the student's, too.
             name: Where it is found again: Hub id, or folder; "../name" stands beside the student, in a folder as on the Hub.
             revision: Its branch, tag or commit on the Hub.
-            select: How a sense is chosen: "dot" (the paper's code), "l2" or "cos".
+            select: How a sense is chosen: "l2" (the nearest sense; best on dev), "cos", or "dot" (the paper's code).
 
         Raises:
             ValueError: If tokenizers or widths differ, or there is no such selection.

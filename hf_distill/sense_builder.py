@@ -32,7 +32,7 @@ def build_senses(
     teacher: TokenTeacher,
     texts: Iterable[str],
     folder: str | Path,
-    k: int | Rule = 20,
+    k: int | Rule = 50,
     cap: int = 1000,
     seed: int = 42,
     batch_size: int = 32,

@@ -109,7 +109,7 @@ class SenseDictionary:
         found = offsets[ids + 1] > offsets[ids]
         return found if mask is None else found & mask.bool()
 
-    def all_scores(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> Tensor:
+    def all_scores(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "l2") -> Tensor:
         """Return how well each sense of each token fits its state, [N, T, K]; -inf where a token has no such sense.
 
         K is the most that any token has, so that scores of different batches can be put together.
@@ -118,7 +118,7 @@ class SenseDictionary:
             states: [N, T, D], with gradient.
             ids: [N, T].
             mask: [N, T], 0 for padding.
-            select: "dot" (as the paper's code), "l2" (minus the squared distance) or "cos".
+            select: "l2" (minus the squared distance), "cos", or "dot" (the paper's code).
 
         Raises:
             ValueError: If the states are of another width, or there is no such selection.
@@ -164,7 +164,7 @@ class SenseDictionary:
         replaced[known] = senses[offsets[ids[known]] + chosen[known]].to(states.dtype)
         return replaced, chosen
 
-    def lookup(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "dot") -> tuple[Tensor, Tensor]:
+    def lookup(self, states: Tensor, ids: Tensor, mask: Tensor | None = None, select: str = "l2") -> tuple[Tensor, Tensor]:
         """Return `take` of `all_scores`."""
         return self.take(states, ids, self.all_scores(states, ids, mask, select))
 

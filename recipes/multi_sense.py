@@ -22,10 +22,10 @@ class MultiSenseArguments(TextArguments):
 
     senses: str | None = field(default=None, metadata={"help": "A dictionary that exists: folder or Hub id; else one is made."})
     dim: int | None = field(default=None, metadata={"help": "The teacher's width, for a student of another; else none."})
-    k: int = field(default=20, metadata={"help": "Senses a token; a token with fewer states keeps them."})
+    k: int = field(default=50, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
-    special_tokens: bool = field(default=True, metadata={"help": "Whether [CLS] and the like have senses in one that is made."})
-    select: str = field(default="dot", metadata={"help": "How a sense is chosen: dot (the paper's code), l2 or cos."})
+    special_tokens: bool | None = field(default=None, metadata={"help": "Senses of [CLS] and the like; not made, unless true."})
+    select: str = field(default="l2", metadata={"help": "How a sense is chosen: l2 (the nearest), cos, or dot (the paper's code)."})
     teacher_layer: int | None = field(default=None, metadata={"help": "Whose states; the last's (-1), or those of --senses."})
     bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})
     sense_weight: float = field(default=1.0, metadata={"help": "Weight of the senses; 0 leaves the part out."})

@@ -124,10 +124,12 @@ def open_dictionary(recipe: Any, args: Any, teacher: TokenTeacher, texts: Any) -
     if recipe.senses:
         dictionary = SenseDictionary.from_pretrained(recipe.senses)
         require_same_tokens(dictionary.tokenizer, teacher.tokenizer)
-        if not recipe.special_tokens and dictionary.facts.get("special_tokens", True):
+        special = dictionary.facts.get("special_tokens", True)
+        if recipe.special_tokens not in (None, special):
             raise ValueError(
-                f"multi_sense: --special_tokens is false, the dictionary {recipe.senses} has senses of such tokens, expected "
-                "none. Their states would be replaced all the same. Leave the flag out, or --senses, to make another."
+                f"multi_sense: --special_tokens is {recipe.special_tokens}, the dictionary {recipe.senses} has "
+                f"{'' if special else 'no '}senses of such tokens, expected the same. Their states would be treated otherwise "
+                "than asked for. Leave the flag out, or --senses, to make another."
             )
         sample = [text for _, text in zip(range(2000), texts.all(), strict=False)]
         ids = torch.tensor([i for row in teacher.tokens(sample) for i in row.tolist()])

@@ -275,7 +275,8 @@ def test_every_config_is_settings_of_its_recipe_with_sources(path, monkeypatch, 
             assert recipe.shape == path.stem.removeprefix("lealla_")
             assert all("=sentence-transformers/parallel-sentences" in name for name in recipe.pairs)
     elif module == "multi_sense":
-        assert (recipe.k, recipe.cap, recipe.select, recipe.loss().parts) == (20, 1000, "dot", ("sense",))
+        assert (recipe.k, recipe.cap, recipe.select, recipe.special_tokens) == (20, 1000, "dot", True)
+        assert recipe.loss().parts == ("sense",)
     else:
         assert recipe.dim == 128
     if path.stem.endswith("_f128"):

@@ -372,12 +372,12 @@ def test_a_student_learns_the_teachers_senses_and_opens_everywhere(train, studen
     assert not list((tmp_path / "out").glob("*senses.safetensors"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "multi_sense.MultiSenseStudent"
-    assert config["hf_distill"]["senses"]["select"] == "dot"
+    assert config["hf_distill"]["senses"]["select"] == "l2"
 
 
 def test_a_live_teacher_gives_more_beside_the_senses(train, teacher, dictionary):
     live = SenseTeacher(teacher, dictionary, beside=("sense_scores", "states"))
-    loss = WeightedLoss([SenseLoss(soft=True), StateLoss()], {"state": 0.5})
+    loss = WeightedLoss([SenseLoss(0.05, soft=True), StateLoss()], {"state": 0.5})
     trainer = train(live, loss)
     log = [line for line in trainer.state.log_history if "loss_state" in line]
     assert {"loss_sense", "loss_state", "sense_accuracy"} <= log[-1].keys()
@@ -419,7 +419,7 @@ def test_states_of_zero_know_nothing_the_loss_is_ln_k(teacher, texts, tmp_path):
     dictionary = build_senses(teacher, texts[:30], tmp_path, k=8)  # rare tokens have fewer
     states, ids, mask = read(teacher, texts[:8])
     chosen = SenseTeacher(teacher, dictionary).encode(texts[:8])[:, None]
-    scores = dictionary.all_scores(torch.zeros_like(states), ids, mask)
+    scores = dictionary.all_scores(torch.zeros_like(states), ids, mask, "dot")
     number = dictionary.offsets.diff()[ids[mask.bool()]]
     assert number.unique().numel() > 1
     wanted = number[number > 0].double().log().mean().item()

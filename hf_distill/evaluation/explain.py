@@ -115,7 +115,7 @@ def explain(
     near = _near(dictionary, token, senses, neighbours)
     states, chosen, shown = [], [], []
     if teacher is not None:
-        source = SenseTeacher(teacher, dictionary, select or dictionary.facts.get("select", "dot"))
+        source = SenseTeacher(teacher, dictionary, select or dictionary.facts.get("select", "l2"))
         states, chosen, shown = _occurrences(token, source, texts, most)
     states = np.array(states, np.float32).reshape(-1, dictionary.dim)
     chosen = np.array(chosen, np.int64)
