@@ -25,7 +25,7 @@ class MultiSenseArguments(TextArguments):
     k: int = field(default=50, metadata={"help": "Senses a token; a token with fewer states keeps them."})
     cap: int = field(default=1000, metadata={"help": "Occurrences a token that are clustered at most."})
     special_tokens: bool | None = field(default=None, metadata={"help": "Senses of [CLS] and the like; not made, unless true."})
-    select: str = field(default="l2", metadata={"help": "How a sense is chosen: l2 (the nearest), cos, or dot (the paper's code)."})
+    select: str = field(default="l2", metadata={"help": "How a sense is chosen: l2 (nearest), cos, dot (the paper's code)."})
     teacher_layer: int | None = field(default=None, metadata={"help": "Whose states; the last's (-1), or those of --senses."})
     bidirectional: bool = field(default=False, metadata={"help": "Let a causal teacher see both sides, as LLM2Vec."})
     sense_weight: float = field(default=1.0, metadata={"help": "Weight of the senses; 0 leaves the part out."})
