@@ -189,3 +189,18 @@ def test_a_trained_linear_of_few_dimensions_keeps_what_main_directions_lose():
     assert rows["128, trained"] > rows["384, trained"] - 0.5
     assert rows["32, trained"] > rows["32, PCA"] + 30
     assert RUNS["lealla_dims"]["steps"] == 5000
+
+
+def test_the_default_dictionary_is_the_one_that_dev_chose(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    defaults = importlib.import_module("multi_sense").MultiSenseArguments
+    sweep = RUNS["senses_all-minilm-l6-v2"]
+    assert sweep["split"] == "dev"
+    assert len(sweep["table"]) == 2 * (1 + 2 * (1 + 4 * 3))
+    assert defaults.special_tokens is None  # as in what is chosen
+    assert sweep["chosen"] == f"layer -1, k {defaults.k}, {defaults.select}, special tokens kept"
+    teacher, chosen = sweep["table"]["layer -1"], sweep["table"][sweep["chosen"]]
+    assert chosen["end avg"] >= 0.98 * teacher["end avg"]
+    assert chosen["STS-B dev"] >= 0.98 * teacher["STS-B dev"]
+    words = [sweep["table"][f"layer -1, k {k}, dot"]["words"] for k in (1, 5, 10, 20, 50)]
+    assert words == sorted(words, reverse=True)  # missed, as about.md says
