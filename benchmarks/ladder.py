@@ -108,12 +108,12 @@ LADDERS = {
         },
         {"dev": "dev_avg", "another corpus": "tatoeba_trained"},
     ),
-    "start": climb(  # of the default run, whose student begins from random weights
+    "start": climb(  # of the default run, whose 24 layers begin from random weights
         "lealla",
         {
-            f"{what}, learning rate {rate}": f"{own} --learning_rate {rate} --max_steps 235"
-            for what, own in {"weights 1": "", "weights 10 and 100": "--feature_weight 10 --logit_weight 100"}.items()
-            for rate in RATES
+            "mean pooling, weights 10 and 100": "--max_steps 235",
+            "mean pooling, weights 1": "--max_steps 235 --feature_weight 1 --logit_weight 1",
+            "[CLS] pooling, weights 10 and 100": "--max_steps 235 --pooling cls",
         },
         {"dev": "dev_avg"},
     ),

@@ -22,7 +22,7 @@ class LEALLAArguments(TranslationArguments):
         default=None,
         metadata={"help": "Dimensions of the embedding; if not given the width of a student from scratch, else the teacher's."},
     )
-    pooling: str = field(default="cls", metadata={"help": "Of the student: cls (paper), mean or last."})
+    pooling: str = field(default="mean", metadata={"help": "Of the student: mean, cls (paper) or last."})
     activation: str = field(default="tanh", metadata={"help": "Behind the projection: tanh (paper) or identity."})
     center: bool = field(
         default=False, metadata={"help": "Subtract the teacher's mean: for one whose vectors all lie near each other."}
@@ -30,8 +30,8 @@ class LEALLAArguments(TranslationArguments):
     margin: float = field(default=0.3, metadata={"help": "Of the additive-margin softmax."})
     scale: float = field(default=20.0, metadata={"help": "What its cosines are multiplied by."})
     ams_weight: float = field(default=1.0, metadata={"help": "Weight of the additive-margin softmax; 0 leaves the part out."})
-    feature_weight: float = field(default=1.0, metadata={"help": "Weight of feature distillation."})
-    logit_weight: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
+    feature_weight: float = field(default=10.0, metadata={"help": "Weight of feature distillation."})
+    logit_weight: float = field(default=100.0, metadata={"help": "Weight of logit distillation."})
     normalize_targets: bool = field(
         default=True, metadata={"help": "Feature distillation compares with the teacher's vectors at unit length."}
     )
