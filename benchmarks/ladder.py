@@ -111,9 +111,9 @@ LADDERS = {
     "start": climb(  # of the default run, whose 24 layers begin from random weights
         "lealla",
         {
-            "mean pooling, weights 10 and 100": "--max_steps 235",
-            "mean pooling, weights 1": "--max_steps 235 --feature_weight 1 --logit_weight 1",
-            "[CLS] pooling, weights 10 and 100": "--max_steps 235 --pooling cls",
+            "mean pooling, weights 10 and 100": "--max_steps 235 --feature_weight 10 --logit_weight 100",
+            "mean pooling, weights 1": "--max_steps 235",
+            "[CLS] pooling, weights 10 and 100": "--max_steps 235 --feature_weight 10 --logit_weight 100 --pooling cls",
         },
         {"dev": "dev_avg"},
     ),

@@ -30,8 +30,8 @@ class LEALLAArguments(TranslationArguments):
     margin: float = field(default=0.3, metadata={"help": "Of the additive-margin softmax."})
     scale: float = field(default=20.0, metadata={"help": "What its cosines are multiplied by."})
     ams_weight: float = field(default=1.0, metadata={"help": "Weight of the additive-margin softmax; 0 leaves the part out."})
-    feature_weight: float = field(default=10.0, metadata={"help": "Weight of feature distillation."})
-    logit_weight: float = field(default=100.0, metadata={"help": "Weight of logit distillation."})
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of feature distillation."})
+    logit_weight: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
     normalize_targets: bool = field(
         default=True, metadata={"help": "Feature distillation compares with the teacher's vectors at unit length."}
     )

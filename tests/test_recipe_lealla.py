@@ -364,8 +364,8 @@ def test_a_teachers_own_layers_with_a_narrow_table(opened, folder, backbone_fold
     vectors = student.encode(make_texts(300))
     assert np.linalg.norm(vectors.mean(0)) < 0.4 * np.linalg.norm(vectors, axis=1).mean()
     results = json.loads((folder / "narrow" / "results.json").read_text())
-    # So does its head: of two unit vectors a pair, a random one would leave 2 and more, ten times that with its weight.
-    assert results["log_history"][0]["loss_feature"] < 10
+    # So does its head: of two unit vectors a pair, a random one would leave 2 and more.
+    assert results["log_history"][0]["loss_feature"] < 1
     rows = results["rows"]
     assert "tatoeba_avg@3" in rows["student"]["scores"]
     assert "tatoeba_avg@3" not in rows["teacher"]["scores"]
