@@ -191,6 +191,19 @@ def test_a_trained_linear_of_few_dimensions_keeps_what_main_directions_lose():
     assert RUNS["lealla_dims"]["steps"] == 5000
 
 
+def test_the_default_run_on_verses_gains_by_training(monkeypatch):
+    rows = {name: row["scores"] for name, row in STUDENTS["lealla"]["rows"].items()}
+    versions = [key for key in rows["student"] if key.startswith("test:") and ">" not in key]
+    assert sorted(versions) == ["test:asv", "test:kjv", "test:tyn", "test:wyc"]
+    assert all(rows["student"][key] > rows["untrained student"][key] for key in versions)
+    assert rows["student"]["test_trained"] > rows["teacher"]["test_trained"]
+    chosen = {name: row["dev"] for name, row in RUNS["lealla_start"]["table"].items()}
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    defaults = importlib.import_module("lealla").LEALLAArguments
+    assert max(chosen, key=chosen.get) == f"{defaults.pooling} pooling, weights {defaults.feature_weight:.0f}"
+    assert defaults.feature_weight == defaults.logit_weight
+
+
 def test_the_default_dictionary_is_the_one_that_dev_chose(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     defaults = importlib.import_module("multi_sense").MultiSenseArguments
