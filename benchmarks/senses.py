@@ -95,7 +95,7 @@ def main() -> None:
 
     def score(row: str, states: Any, model: TokenTeacher, more: dict[str, Any] | None = None) -> None:
         if row not in rows:
-            tasks.add(row, states, model, model.num_parameters)
+            tasks.add([row], states, model, model.num_parameters)
             rows[row] = cells(report.rows[row]["scores"]) | (more or {})
             results = {"table": rows, "chosen": choose(rows), **facts, "provenance": run}
             write_results(file.parent, results, file.stem)

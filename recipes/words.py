@@ -2,7 +2,7 @@
 """What a recipe on words is given: a sense dictionary, a teacher of senses, and tests of words and sentences."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from hf_distill.evaluation.report import RunReport
 from hf_distill.evaluation.similarity import STS_DEV_SETS, STS_SETS
 from hf_distill.evaluation.word_sense import (
     ClassificationEvaluator,
+    TokenStates,
     WiCEvaluator,
     sense_purity,
     sense_vectors,
+    state_errors,
     statistics,
     word_similarity,
     word_states,
@@ -35,7 +37,6 @@ from hf_distill.token_teacher import SenseTeacher, TokenTeacher
 
 
 logger = logging.get_logger("hf_distill.words")
-States = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class EndTasks:
@@ -58,31 +59,64 @@ class EndTasks:
         scored = sets if recipe.sts or recipe.sts_dev else ()
         self.ends = [*(["wic"] if self.wic else []), *(f"sts_{name}" for name in scored), *(f"{name}_few" for name in names)]
         self.report = report
+        self.taught: tuple[TokenStates, list[str]] | None = None  # the teacher's states, and texts of no training
         # Of all splits, so that what dev chooses was made from the texts that are trained on when it is tested.
         sources: list[Any] = [*classes.values(), *([WiCEvaluator(recipe.wic, tune="dev")] if recipe.wic else [])]
         for sts in sorted({recipe.sts, recipe.sts_dev} - {None}):
             sources += known_sts(sts, {**STS_SETS, **STS_DEV_SETS})
         self.seen = [text for source in sources for text in source.texts()]
 
-    def add(self, name: str, states: States, model: Any, parameters: int) -> None:
-        """Score a row of the table.
+    def add(self, names: Sequence[str], states: TokenStates, model: Any, parameters: int) -> None:
+        """Score a row of the table for each kind of states; every text is read once.
+
+        Beside the tests: state_error, `state_errors` against the states that `taught` names.
 
         Args:
-            name: Of the row.
-            states: texts -> (token states [N, T, D], mask [N, T]).
+            names: Of the rows.
+            states: texts -> (token states [N, T, D] of each row, mask [N, T]).
             model: The teacher or student that they are of: its tokenizer and width.
             parameters: How many weights a state runs through.
         """
 
-        def embed(batch: list[str]) -> torch.Tensor:
-            return functional.normalize(pool(*states(batch), "mean"), dim=-1)
+        def side_by_side(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+            *kinds, mask = states(batch)
+            return torch.cat(kinds, -1), mask
 
-        self.report.add(name, lambda texts: encode_sorted(embed, list(texts), 32), parameters, model.dim, prefixes=False)
-        scores = self.report.rows[name]["scores"]
-        if self.wic:
-            scores |= self.wic(word_states(model.tokenizer, states))
-        if self.ends:
-            scores["end_avg"] = float(np.mean([scores[key] for key in self.ends]))
+        def embed(batch: list[str]) -> torch.Tensor:
+            pooled = pool(*side_by_side(batch), "mean").unflatten(-1, (len(names), model.dim))
+            return functional.normalize(pooled, dim=-1).flatten(1)
+
+        encode = Remembered(lambda texts: encode_sorted(embed, texts, 32))
+        encode_words = Remembered(word_states(model.tokenizer, side_by_side))
+        errors = state_errors(states, *self.taught) if self.taught else [None] * len(names)
+        for name, columns, error in zip(names, torch.arange(len(names) * model.dim).split(model.dim), errors, strict=True):
+
+            def own(found: Remembered, columns: torch.Tensor = columns) -> Callable[..., torch.Tensor]:
+                return lambda *rows: found(*rows)[:, columns]
+
+            self.report.add(name, own(encode), parameters, model.dim, prefixes=False)
+            scores = self.report.rows[name]["scores"]
+            scores |= {} if error is None else {"state_error": error}
+            if self.wic:
+                scores |= self.wic(own(encode_words))
+            if self.ends:
+                scores["end_avg"] = float(np.mean([scores[key] for key in self.ends]))
+
+
+class Remembered:
+    """An encoder, columns of N values -> [N, D], that computes each row once."""
+
+    def __init__(self, encode: Callable[..., Any]) -> None:
+        self.encode = encode
+        self.known: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def __call__(self, *columns: Iterable[Any]) -> torch.Tensor:
+        """Return the vectors of the rows, [N, D]."""
+        rows = list(zip(*columns, strict=True))
+        new = [row for row in dict.fromkeys(rows) if row not in self.known]
+        if new:
+            self.known |= zip(new, torch.as_tensor(self.encode(*map(list, zip(*new, strict=True)))), strict=True)
+        return torch.stack([self.known[row] for row in rows])
 
 
 def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
@@ -173,18 +207,25 @@ def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary,
     return cache
 
 
-def student_states(student: MultiSenseStudent, replace: bool) -> States:
-    """Return texts -> (token states of a student in the teacher's space [N, T, D], mask [N, T]), with senses or without."""
+def teacher_states(source: SenseTeacher) -> TokenStates:
+    """Return texts -> (token states of a teacher [N, T, D], those replaced by senses, mask [N, T])."""
 
-    def states(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(batch: list[str]) -> tuple[torch.Tensor, ...]:
+        found, ids, mask = source.teacher.read(batch)
+        return found, source.dictionary.lookup(found, ids, mask, source.select)[0], mask
+
+    return states
+
+
+def student_states(student: MultiSenseStudent) -> TokenStates:
+    """Return texts -> (token states of a student in the teacher's space [N, T, D], those replaced by senses, mask [N, T])."""
+
+    def states(batch: list[str]) -> tuple[torch.Tensor, ...]:
         options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
         inputs = student.tokenizer(batch, **options).to(student.device)
-        student.replace = replace
         output = student.outputs(batch)
-        student.replace, found = True, output.states
-        if replace:
-            found, _ = student.dictionary.take(found, inputs["input_ids"], output.sense_scores)
-        return found.float().cpu(), inputs["attention_mask"].cpu()
+        replaced, _ = student.dictionary.take(output.states, inputs["input_ids"], output.sense_scores)
+        return output.states.float().cpu(), replaced.float().cpu(), inputs["attention_mask"].cpu()
 
     return states
 

@@ -46,10 +46,10 @@ def ladder(benchmark, monkeypatch, tmp_path):
         started.append(words[1:])
         own = dict(zip(words[2::2], words[3::2], strict=True))
         score = 10.0 * int(own["--seed"]) + float(own.get("--learning_rate", 0)) + (own.get("--state_weight", "0") == "1")
-        keys = ("sts_avg", "wic", "sst2_few", "trec_few", "end_avg")
+        keys = ("sts_avg", "wic", "sst2_few", "trec_few", "end_avg", "state_error")
         rows = {"student": score, "student, without senses": score - 1}
         if "--baselines" not in own:
-            rows |= {"teacher": 50.0, "teacher, replaced": 49.0, "untrained student": 1.0}
+            rows |= {"teacher": 50.0, "teacher, replaced": 49.0, "untrained student": 1.0, "untrained student, replaced": 0.5}
         scores = {name: {"parameters": 2_000_000, "scores": dict.fromkeys(keys, value)} for name, value in rows.items()}
         made = {"command": module.command(words[1:])}
         Path(own["--output_dir"]).mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_a_ladder_starts_each_rung_and_seed_once_and_averages_over_seeds(ladder,
     assert all(words[1:3] == ["--k", "5"] for words in started)
     rows = found["table"]
     assert rows["teacher"]["end avg"] == 50
-    assert rows["student of states, replaced"]["end avg"] == pytest.approx(16.0003)  # a made-up 11 and 21
+    assert rows["student of states, replaced"]["end avg"] == pytest.approx(16.001)  # a made-up 11 and 21
     assert rows["student of states"]["end avg, range"] == "10.00–20.00"
     assert rows["student of senses, replaced"]["end avg, of the teacher"] == pytest.approx(30, abs=0.01)
     assert climb("senses", "--seeds", "1", "2", "--", "--k", "5") == found

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from conftest import make_backbone
 
 from hf_distill.cli import _open
-from hf_distill.evaluation.word_sense import ClassificationEvaluator
+from hf_distill.evaluation.word_sense import ClassificationEvaluator, WiCEvaluator
 from hf_distill.layout import check_layout
 from hf_distill.multi_sense import MultiSenseStudent
 from hf_distill.senses import SenseDictionary
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+BASELINES = ["teacher", "teacher, replaced", "untrained student", "untrained student, replaced"]
 
 
 @pytest.fixture
@@ -46,6 +48,24 @@ def log_accuracy(results):
     return [line["sense_accuracy"] for line in results["log_history"] if "sense_accuracy" in line][-1]
 
 
+def in_context(student, replace):
+    """Return texts and the characters of a word in each -> its mean state, a text at a time."""
+
+    def encode(texts, places):
+        found = []
+        for text, (first, last) in zip(texts, places, strict=True):
+            inputs = student.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=64)
+            ids = torch.tensor([inputs["input_ids"]])
+            with torch.no_grad():
+                output = student(input_ids=ids)
+            states = student.dictionary.lookup(output.states, ids)[0] if replace else output.states
+            own = [place for place, (a, b) in enumerate(inputs["offset_mapping"]) if a < last and b > first]
+            found.append(states[0, own].mean(0))
+        return torch.stack(found)
+
+    return encode
+
+
 def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run, folder):
     tests = f"--wic {folder / 'wic'} --classification {folder / 'classes'} --words {folder / 'words.tsv'}".split()
     results = run(*tests, "--explained", "cat", "catalogue")
@@ -55,12 +75,15 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert "catalogue" not in shown  # several tokens
     assert (folder / "out" / "explained" / "cat.png").stat().st_size > 10_000
     rows = {name: row["scores"] for name, row in results["rows"].items()}
-    assert list(rows) == ["teacher", "teacher, replaced", "untrained student", "student, without senses", "student"]
+    assert list(rows) == [*BASELINES, "student, without senses", "student"]
     assert rows["teacher"]["fidelity_spearman"] == pytest.approx(100)
     assert rows["student"]["fidelity_spearman"] > rows["untrained student"]["fidelity_spearman"]
     for scores in rows.values():
         assert scores["end_avg"] == pytest.approx(np.mean([scores["wic"], scores["made_few"]]), abs=1e-4)
     assert rows["student"] != rows["student, without senses"]
+    errors = {name: scores["state_error"] for name, scores in rows.items()}
+    assert errors["teacher"] == 0
+    assert 0 < errors["teacher, replaced"] < errors["student"] < errors["untrained student"]
     facts = results["dictionary"]
     assert (facts["k"], facts["select"], facts["layer"]) == (3, "l2", -1)
     assert facts["without_sense"] == 0
@@ -77,6 +100,7 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     assert "replaced by senses of the dictionary `out-senses`, a repository beside this one, before" in card
     assert 'the row "student, without senses"' in card
     assert "classification with 8 texts a label" in card
+    assert "states that a row's leave unexplained" in card
     assert f" MB, its dictionary another {facts['mb']:.0f} MB; it encodes with senses." in card
     assert "with senses, " in card.split("Word similarity")[1]
     assert "comparable as they are" not in card  # replaced states are the teacher's own
@@ -85,6 +109,10 @@ def test_a_shorter_model_learns_the_senses_and_is_measured_with_and_without(run,
     opened = MultiSenseStudent.from_pretrained(folder / "out")
     assert _open(str(folder / "out")).encode(texts) == pytest.approx(opened.encode(texts), abs=1e-6)
     assert np.abs(opened.encode(texts, replace=False) - opened.encode(texts)).max() > 1e-3
+    classes, words = ClassificationEvaluator(folder / "classes", "made"), WiCEvaluator(folder / "wic")
+    for name, replace in (("student", True), ("student, without senses", False)):  # both rows come of one reading
+        found = classes(partial(opened.encode, replace=replace)) | words(in_context(opened, replace))
+        assert found == pytest.approx({key: rows[name][key] for key in found}, abs=1e-3)
     # Moved together, student and dictionary find each other; alone, the student says what it lacks.
     (folder / "elsewhere").mkdir()
     for name in ("out", "out-senses"):

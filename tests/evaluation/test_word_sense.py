@@ -14,6 +14,7 @@ from hf_distill.evaluation.word_sense import (
     best_threshold,
     sense_purity,
     sense_vectors,
+    state_errors,
     statistics,
     word_place,
     word_similarity,
@@ -118,6 +119,20 @@ def test_the_state_of_a_word_is_the_mean_of_its_tokens(backbone_folder):
     assert found[0] == pytest.approx(alone[0][2:4].mean(0).numpy(), abs=1e-5)
     assert found[1] == pytest.approx(alone[1][1].numpy(), abs=1e-5)
     assert found[2] == pytest.approx(alone[2].mean(0).numpy(), abs=1e-5)
+
+
+def test_state_errors_are_shares_of_the_variance_over_real_tokens():
+    # The teacher says 0, 2 and, in another batch, 4: mean 2, variance 4 + 0 + 4. Padding holds what would show.
+    def teacher(batch):
+        one = len(batch) == 1
+        states, mask = ([[[4.0], [90.0]]], [[1, 0]]) if one else ([[[0.0], [70.0]], [[2.0], [80.0]]], [[1, 0], [1, 0]])
+        return torch.tensor(states), torch.tensor(mask)
+
+    def states(batch):
+        wanted, mask = teacher(batch)
+        return wanted, torch.full_like(wanted, 2.0), wanted + 1, mask
+
+    assert state_errors(states, teacher, ["a", "b", "c"], batch_size=2) == pytest.approx([0, 100, 100 * 3 / 8])
 
 
 def test_classes_are_found_from_few_labels_and_from_all(tmp_path):
