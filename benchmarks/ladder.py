@@ -150,7 +150,11 @@ LADDERS = {
             "end avg": "end_avg",
             "state error": "state_error",
         },
-        {name: ("senses", name) for name in ("teacher", "teacher, replaced", "untrained student", "untrained student, replaced")}
+        {
+            f"{what}{more}": ("senses", f"{what}{more}")
+            for what in ("teacher", "untrained student")
+            for more in ("", ", replaced")
+        }
         | {
             f"student of {what}{more}": (what, row)
             for what in SENSES
