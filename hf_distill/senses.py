@@ -27,7 +27,9 @@ from transformers.utils import cached_file
 
 SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
-_NUMBERS = 1 << 25  # of candidates that are gathered at a time, [tokens, K, D]: 64 MB, and 128 in float32; in training, too
+# Of candidates that are gathered at a time, [tokens, K, D], in training, too: on a CPU, as many as its cache holds (measured:
+# 3.5 times as fast as out of memory); on a GPU, 64 MB, and 128 in float32.
+_NUMBERS, _NUMBERS_CPU = 1 << 25, 1 << 21
 _PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 
 
@@ -134,7 +136,7 @@ class SenseDictionary:
         number = offsets[ids[known] + 1] - first
         place = torch.arange(self.most, device=ids.device)
         places = (first[:, None] + place).clamp(max=len(senses) - 1)
-        size = max(1, _NUMBERS // (self.most * self.dim))
+        size = max(1, (_NUMBERS_CPU if states.device.type == "cpu" else _NUMBERS) // (self.most * self.dim))
 
         def fit(part: Tensor, candidates: Tensor) -> Tensor:
             return _fit(part, senses[candidates].float(), squares[candidates], select)

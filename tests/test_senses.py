@@ -249,7 +249,7 @@ def test_the_gradient_keeps_no_candidates_and_is_the_same_in_parts(teacher, dict
     states, ids, mask = read(teacher, make_texts(9, seed=3))
     found, kept = [], []
     for numbers in (10**9, 3 * dictionary.most * dictionary.dim):
-        monkeypatch.setattr("hf_distill.senses._NUMBERS", numbers)
+        monkeypatch.setattr("hf_distill.senses._NUMBERS_CPU", numbers)
         leaf = states.clone().requires_grad_()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
