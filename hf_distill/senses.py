@@ -27,8 +27,8 @@ from transformers.utils import cached_file
 
 SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
-# Of candidates that are gathered at a time, [tokens, K, D], in training, too: on a GPU, 64 MB, and 128 in float32; on a CPU, about
-# as many as its cache holds: out of memory it takes several times as long.
+# Of candidates that are gathered at a time, [tokens, K, D], in training, too: on a GPU, 64 MB, and 128 in float32; on a CPU,
+# about as many as its cache holds: out of memory it takes several times as long.
 _NUMBERS, _NUMBERS_CPU = 1 << 25, 1 << 21
 _PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 

@@ -76,6 +76,7 @@ def fill_in(recipe: Any) -> None:
             recipe.dim = recipe.dim or 128
         if data == "texts" and hasattr(recipe, "explained"):
             recipe.explained = recipe.explained or ["light", "bank", "draw"]
+            recipe.max_texts = recipe.max_texts or 60_000  # what its number of senses was chosen on
         if data == "pairs":
             recipe.max_vocabulary, recipe.max_pairs = recipe.max_vocabulary or 12_000, recipe.max_pairs or 5000
     if recipe.texts_name is None:
