@@ -132,21 +132,25 @@ class SenseDictionary:
             )
         senses, offsets, squares = self._on(states.device)
         known = self.known(ids, mask)
-        rows, first = states[known].float(), offsets[ids[known]]
-        number = offsets[ids[known] + 1] - first
-        place = torch.arange(self.most, device=ids.device)
-        places = (first[:, None] + place).clamp(max=len(senses) - 1)
+        first = offsets[ids[known]]
+        number, order = (offsets[ids[known] + 1] - first).sort()  # tokens of few senses beside each other: few are gathered
+        rows, first = states[known].float()[order], first[order]
         size = max(1, (_NUMBERS_CPU if states.device.type == "cpu" else _NUMBERS) // (self.most * self.dim))
 
         def fit(part: Tensor, candidates: Tensor) -> Tensor:
             return _fit(part, senses[candidates].float(), squares[candidates], select)
 
-        # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
-        apart = {"use_reentrant": False, "preserve_rng_state": False}
-        parts = zip(rows.split(size), places.split(size), strict=True)
-        fitting = torch.cat([recompute(fit, *part, **apart) if rows.requires_grad else fit(*part) for part in parts])
-        found = torch.full((*ids.shape, len(place)), -torch.inf, device=states.device)
-        found[known] = fitting.masked_fill(place >= number[:, None], -torch.inf)
+        fitting = []
+        for part, begin, count in zip(rows.split(size), first.split(size), number.split(size), strict=True):
+            place = torch.arange(int(count[-1:].sum()), device=ids.device)
+            places = (begin[:, None] + place).clamp(max=len(senses) - 1)
+            # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
+            apart = {"use_reentrant": False, "preserve_rng_state": False}
+            scores = recompute(fit, part, places, **apart) if rows.requires_grad else fit(part, places)
+            scores = scores.masked_fill(place >= count[:, None], -torch.inf)
+            fitting.append(functional.pad(scores, (0, self.most - len(place)), value=-torch.inf))
+        found = torch.full((*ids.shape, self.most), -torch.inf, device=states.device)
+        found[known] = torch.cat(fitting)[order.argsort()]
         return found
 
     def take(self, states: Tensor, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
