@@ -4,6 +4,9 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e
 .DEFAULT_GOAL := help
 
+# Unset, `accelerate launch` gives a process one thread, also where it has a CPU alone.
+hpd embed-distill lealla multi-sense: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+
 hpd: .venv/demo  ## HPD: distil all-MiniLM-L6-v2 into 3 layers and 128 dimensions, offline (ARGS="--help" for flags)
 	$(BIN)/accelerate launch recipes/hpd.py $(ARGS)
 

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,7 +69,13 @@ def train(
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", find(accelerate_config, "accelerate", ".yaml")] if accelerate_config else []
     flags = ["--config", find(config, "configs", ".yaml")] if config else []
-    done = subprocess.run([*launch, find(recipe, "", ".py"), *flags, *context.args], check=False)
+    environment = {**os.environ}
+    if not accelerate_config:  # without one `accelerate launch` gives each process a single thread, also on a CPU
+        import torch
+
+        threads = max(1, (os.cpu_count() or 1) // max(1, torch.accelerator.device_count()))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    done = subprocess.run([*launch, find(recipe, "", ".py"), *flags, *context.args], check=False, env=environment)
     if done.returncode:
         raise typer.Exit(done.returncode)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_compare_puts_encoders_beside_each_other(files, teacher_folder, student,
 SCRIPT = """
 import os, pathlib, sys
 pathlib.Path("seen.txt").write_text(" ".join([*sys.argv[1:], os.environ.get("ACCELERATE_MIXED_PRECISION", "")]))
+pathlib.Path("threads.txt").write_text(os.environ["OMP_NUM_THREADS"])
 sys.exit("no" in sys.argv)
 """
 
@@ -97,6 +99,10 @@ def test_train_launches_a_recipe_with_its_flags_and_ends_as_it_does(files, monke
     assert (first, rest) == ("--config", ["--seed", "3", "--lora_r", "8", "bf16"])
     assert Path(config).read_text().startswith("#")
     assert Path(config).parts[-3:] == ("recipes", "configs", "hpd_mpnet.yaml")
+    for given, threads in ((None, str(os.cpu_count())), ("5", "5")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False) if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert call("train", "own.py").exit_code == 0
+        assert (files / "threads.txt").read_text() == threads
     assert call("train", "own.py", "no").exit_code == 1
     done = call("train", "hpb")
     assert done.exit_code == 1
