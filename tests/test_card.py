@@ -206,7 +206,7 @@ def test_data_settings_and_provenance_are_told(make):
     card = make()
     for words in (
         "17.4M parameters",
-        "128-dimensional embeddings, distilled from `sentence-transformers/all-MiniLM-L6-v2`",
+        "embeddings of 128 dimensions, distilled from `sentence-transformers/all-MiniLM-L6-v2`",
         "1987 held-out texts",
         "layers [0, 2, 5] of `nreimers/MiniLM-L6-H384-uncased`, mean pooling, Linear to 128 dimensions (identity)",
         "at most 256 tokens",
@@ -298,7 +298,7 @@ def test_without_results_the_card_says_what_the_trainer_knows(make, caplog):
     data = ModelCard(card).data
     assert data.base_model == ["nreimers/MiniLM-L6-H384-uncased", "sentence-transformers/all-MiniLM-L6-v2"]
     assert (data.eval_results, data.datasets, data.license) == (None, None, None)
-    assert "128-dimensional embeddings, distilled from `sentence-transformers/all-MiniLM-L6-v2`" in card
+    assert "embeddings of 128 dimensions, distilled from `sentence-transformers/all-MiniLM-L6-v2`" in card
     assert "* Loss: HPDLoss.\n" in card
     assert "What it keeps" not in card
     assert tables(card) == []

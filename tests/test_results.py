@@ -240,3 +240,17 @@ def test_a_dictionary_coarser_than_a_student_takes_more_from_it_than_it_brings()
     made = {rung: runs[0]["command"] for rung, runs in RUNS["minilm_senses"]["runs"].items()}
     assert len(best) == 3
     assert all(f"--learning_rate {rate} " in made[kind] for kind, (_, rate) in best.items())
+
+
+def test_the_default_run_of_senses_is_what_about_md_says():
+    rows = {name: row["scores"] for name, row in STUDENTS["multi_sense"]["rows"].items()}
+    teacher, replaced = rows["teacher"], rows["teacher, replaced"]
+    kept = {key: 100 * replaced[key] / teacher[key] for key in ("sts_avg", "sst2_full", "trec_full")}
+    assert kept == pytest.approx({"sts_avg": 97.7, "sst2_full": 98.7, "trec_full": 97.6}, abs=0.05)
+    short = RUNS["minilm_senses"]["table"]["student of senses, replaced"]["STS avg"]
+    assert short + 1 < rows["student"]["sts_avg"] < rows["student, without senses"]["sts_avg"]
+    log = [line["sense_accuracy"] for line in STUDENTS["multi_sense"]["log_history"] if "sense_accuracy" in line]
+    assert log[-1] == pytest.approx(0.87, abs=0.005)
+    assert STUDENTS["multi_sense"]["dictionary"]["sense_accuracy"] == pytest.approx(57.6, abs=0.05)
+    words = STUDENTS["multi_sense"]["words"]
+    assert words["senses"]["words_avg"] < words["one centroid"]["words_avg"]
