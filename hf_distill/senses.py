@@ -29,7 +29,7 @@ SELECTIONS = ("dot", "l2", "cos")
 FILE = "senses.safetensors"
 # Of candidates that are gathered at a time, [tokens, K, D], in training, too: on a GPU, 64 MB, and 128 in float32; on a CPU,
 # about as many as its cache holds: out of memory it takes several times as long.
-_NUMBERS, _NUMBERS_CPU = 1 << 25, 1 << 21
+_NUMBERS, _NUMBERS_CPU = 1 << 25, 3 << 19
 _PROBE = "A cat, the Über-ÄHNLICH café's 3.14 naïve CATS … 東京!"  # what normalisers and pre-tokenisers differ on
 
 
@@ -138,7 +138,7 @@ class SenseDictionary:
         size = max(1, (_NUMBERS_CPU if states.device.type == "cpu" else _NUMBERS) // (self.most * self.dim))
 
         def fit(part: Tensor, candidates: Tensor) -> Tensor:
-            return _fit(part, senses[candidates].float(), squares[candidates], select)
+            return _fit(part, functional.embedding(candidates, senses).float(), squares[candidates], select)
 
         fitting = []
         for part, begin, count in zip(rows.split(size), first.split(size), number.split(size), strict=True):
