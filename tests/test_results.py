@@ -254,3 +254,12 @@ def test_the_default_run_of_senses_is_what_about_md_says():
     assert STUDENTS["multi_sense"]["dictionary"]["sense_accuracy"] == pytest.approx(57.6, abs=0.05)
     words = STUDENTS["multi_sense"]["words"]
     assert words["senses"]["words_avg"] < words["one centroid"]["words_avg"]
+
+
+def test_making_and_replacing_senses_cost_what_about_md_says():
+    run = RUNS["senses_speed_all-minilm-l6-v2"]
+    rows = run["table"]
+    assert run["k"] == 50
+    assert rows.pop("building / encoding, speed")["from"] > 0.6
+    assert len(rows) == 3
+    assert all(0.055 < row["median"] < 0.075 and row["to"] < 0.1 for row in rows.values())
