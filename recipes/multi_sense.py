@@ -4,16 +4,7 @@
 from dataclasses import dataclass, field
 
 from inputs import begin, training_texts
-from words import (
-    EndTasks,
-    dictionary_facts,
-    explain_words,
-    open_dictionary,
-    open_senses,
-    open_token_teacher,
-    student_states,
-    teacher_states,
-)
+from words import EndTasks, both_states, dictionary_facts, explain_words, open_dictionary, open_senses, open_token_teacher
 
 from hf_distill.arguments import TextArguments
 from hf_distill.evaluation.similarity import FidelityEvaluator
@@ -88,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         report.evaluators.insert(0, FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims))
         tasks.taught = (teacher.states, texts.held_out)
         if recipe.baselines:
-            tasks.add(["teacher", "teacher, replaced"], teacher_states(live), teacher, teacher.num_parameters)
-            tasks.add(["untrained student", "untrained student, replaced"], student_states(student), student, size)
+            tasks.add(["teacher", "teacher, replaced"], both_states(live), teacher, teacher.num_parameters)
+            tasks.add(["untrained student", "untrained student, replaced"], both_states(student), student, size)
 
     given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}
     trainer = DistillationTrainer(model=student, args=args, **given)
@@ -97,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) or args.resume_from_checkpoint)
     trainer.save_model()
     with report.timed("evaluation"):
-        tasks.add(["student, without senses", "student"], student_states(student), student, size)
+        tasks.add(["student, without senses", "student"], both_states(student), student, size)
     facts = dictionary_facts(recipe, live, student, texts.held_out)
     explain_words(recipe, args, live, texts.all())
     print(report.finish(trainer, recipe, texts.facts(recipe.texts_name), **facts))

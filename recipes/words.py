@@ -207,27 +207,21 @@ def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary,
     return cache
 
 
-def teacher_states(source: SenseTeacher) -> TokenStates:
-    """Return texts -> (token states of a teacher [N, T, D], those replaced by senses, mask [N, T])."""
+def both_states(model: SenseTeacher | MultiSenseStudent) -> TokenStates:
+    """Return texts -> (token states in the teacher's space [N, T, D], those replaced by senses, mask [N, T])."""
 
-    def states(batch: list[str]) -> tuple[torch.Tensor, ...]:
-        found, ids, mask = source.teacher.read(batch)
-        return found, source.dictionary.lookup(found, ids, mask, source.select)[0], mask
+    def of_teacher(batch: list[str]) -> tuple[torch.Tensor, ...]:
+        states, ids, mask = model.teacher.read(batch)
+        return states, model.dictionary.lookup(states, ids, mask, model.select)[0], mask
 
-    return states
-
-
-def student_states(student: MultiSenseStudent) -> TokenStates:
-    """Return texts -> (token states of a student in the teacher's space [N, T, D], those replaced by senses, mask [N, T])."""
-
-    def states(batch: list[str]) -> tuple[torch.Tensor, ...]:
-        options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
-        inputs = student.tokenizer(batch, **options).to(student.device)
-        output = student.outputs(batch)
-        replaced, _ = student.dictionary.take(output.states, inputs["input_ids"], output.sense_scores)
+    def of_student(batch: list[str]) -> tuple[torch.Tensor, ...]:
+        options = {"padding": True, "truncation": True, "max_length": model.settings["max_length"], "return_tensors": "pt"}
+        inputs = model.tokenizer(batch, **options).to(model.device)
+        output = model.outputs(batch)
+        replaced, _ = model.dictionary.take(output.states, inputs["input_ids"], output.sense_scores)
         return output.states.float().cpu(), replaced.float().cpu(), inputs["attention_mask"].cpu()
 
-    return states
+    return of_teacher if isinstance(model, SenseTeacher) else of_student
 
 
 def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> float:
