@@ -3,8 +3,8 @@
 
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
 itself, on dev: with senses of [CLS] and [SEP], and with the states of these kept. Nothing is trained. Takes the recipe's flags;
-`--layers` and `--numbers` are the layers and the k to try. Writes recipes/results/senses_<teacher>.json, again after each row;
-the same command goes on from there.
+`--layers` and `--numbers` are the layers and the k to try. Every test is read once a layer, for all of its rows. Writes
+recipes/results/senses_<teacher>.json, again after each layer; the same command goes on from there.
 
 The rule, fixed before the first run: the tasks are STS-B, WiC, SST-2 and TREC, dev of each (of TREC a tenth of its training
 texts), and count alike, classification with 8 texts a label. Of the last layer's dictionaries (its states are what the teacher
@@ -26,11 +26,11 @@ from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
 from hf_distill.cache import cache_folder
 from hf_distill.evaluation.report import RunReport, provenance, write_results
 from hf_distill.evaluation.tables import table
-from hf_distill.evaluation.word_sense import sense_vectors, statistics, word_similarity
+from hf_distill.evaluation.word_sense import TokenStates, sense_vectors, statistics, word_similarity
 from hf_distill.losses import SenseLoss
 from hf_distill.sense_builder import build_senses
-from hf_distill.senses import SELECTIONS
-from hf_distill.token_teacher import SenseTeacher, TokenTeacher
+from hf_distill.senses import SELECTIONS, SenseDictionary
+from hf_distill.token_teacher import TokenTeacher
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -49,28 +49,8 @@ class Sweep(MultiSenseArguments):
     numbers: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50], metadata={"help": "Senses a token, to compare."})
 
 
-class Remembered(TokenTeacher):
-    """A teacher that computes the states of a text once; in float16, as a dictionary holds them."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.known: dict[str, torch.Tensor] = {}
-
-    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what `TokenTeacher` returns."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        for start in range(0, len(new), 32):
-            states, _, mask = super().read(new[start : start + 32])
-            for text, row, length in zip(new[start : start + 32], states, mask.sum(1).tolist(), strict=True):
-                self.known[text] = row[:length].half()
-        rows = [self.known[text].float() for text in texts]
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return states, inputs["input_ids"].to(states.device), inputs["attention_mask"].to(states.device)
-
-
 def main() -> None:
-    """Score every combination; remember the states of the tests, not those of the training texts."""
+    """Score every combination of a layer from one reading of the tests."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
     defaults = {**demo_defaults("senses_sweep"), "split": "dev", "all_labels": False, "dims": []}
@@ -93,31 +73,44 @@ def main() -> None:
         rows |= known["table"]
     facts = {"teacher": name, "split": recipe.split, "texts": texts.facts(recipe.texts_name)}
 
-    def score(row: str, states: Any, model: TokenTeacher, more: dict[str, Any] | None = None) -> None:
-        if row not in rows:
-            tasks.add([row], states, model, model.num_parameters)
-            rows[row] = cells(report.rows[row]["scores"]) | (more or {})
-            results = {"table": rows, "chosen": choose(rows), **facts, "provenance": run}
-            write_results(file.parent, results, file.stem)
-            print(row, rows[row], flush=True)
-
     for layer in layers:
+        if f"layer {layer}" in rows:
+            continue
         options = {"layer": layer, "max_length": recipe.teacher_max_length or recipe.max_length}
-        options["bidirectional"] = recipe.bidirectional
-        teacher, tested = (kind(recipe.teacher[0], recipe.teacher_revision, **options) for kind in (TokenTeacher, Remembered))
-        teacher.name = name  # as the recipe calls it, so that both read it once
-        score(f"layer {layer}", tested.states, tested)
-        place = cache_folder(recipe.cache_dir, teacher)
-        place = place.with_name(f"{place.name}-states")
-        for k in recipe.numbers:
-            dictionary = build_senses(teacher, texts.all(), place, k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size)
-            more = {"k": k, "MB": statistics(dictionary, texts.held_out)["mb"]}
-            if recipe.words:
-                more["words"] = word_similarity(sense_vectors(dictionary), recipe.words)["words_avg"]
-            for made, apart in ((dictionary, ""), (dictionary.without_special_tokens(), ", special tokens kept")):
-                for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
-                    score(f"layer {layer}, k {k}, {select}{apart}", SenseTeacher(tested, made, select).replaced, tested, more)
+        teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, bidirectional=recipe.bidirectional, **options)
+        teacher.name = name  # as the recipe calls it, so that both read the texts once
+        made = dictionaries(recipe, teacher, texts)
+        tasks.add([f"layer {layer}", *made], all_states(teacher, made), teacher, teacher.num_parameters)
+        for row in (f"layer {layer}", *made):
+            rows[row] = cells(report.rows[row]["scores"]) | (made[row][2] if row in made else {})
+        write_results(file.parent, {"table": rows, "chosen": choose(rows), **facts, "provenance": run}, file.stem)
     print(table(rows), f"\n\nChosen: {choose(rows)}")
+
+
+def dictionaries(recipe: Any, teacher: TokenTeacher, texts: Any) -> dict[str, tuple[SenseDictionary, str, dict[str, Any]]]:
+    """Return row -> (dictionary, selection, what else the table shows of it), for every combination of a layer."""
+    states = cache_folder(recipe.cache_dir, teacher)
+    states = states.with_name(f"{states.name}-states")
+    made: dict[str, tuple[SenseDictionary, str, dict[str, Any]]] = {}
+    for k in recipe.numbers:
+        whole = build_senses(teacher, texts.all(), states, k, recipe.cap, recipe.split_seed, recipe.teacher_batch_size)
+        more = {"k": k, "MB": statistics(whole, texts.held_out)["mb"]}
+        if recipe.words:
+            more["words"] = word_similarity(sense_vectors(whole), recipe.words)["words_avg"]
+        for dictionary, apart in ((whole, ""), (whole.without_special_tokens(), ", special tokens kept")):
+            for select in SELECTIONS if k > 1 else SELECTIONS[:1]:
+                made[f"layer {teacher.layer}, k {k}, {select}{apart}"] = (dictionary, select, more)
+    return made
+
+
+def all_states(teacher: TokenTeacher, made: dict[str, tuple[SenseDictionary, str, dict[str, Any]]]) -> TokenStates:
+    """Return texts -> (the teacher's states [N, T, D], these replaced by each dictionary, mask [N, T])."""
+
+    def read(batch: list[str]) -> tuple[torch.Tensor, ...]:
+        states, ids, mask = teacher.read(batch)
+        return states, *(dictionary.lookup(states, ids, mask, select)[0] for dictionary, select, _ in made.values()), mask
+
+    return read
 
 
 def choose(rows: dict[str, dict[str, Any]]) -> str | None:

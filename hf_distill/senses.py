@@ -140,12 +140,12 @@ class SenseDictionary:
         def fit(part: Tensor, candidates: Tensor) -> Tensor:
             return _fit(part, functional.embedding(candidates, senses).float(), squares[candidates], select)
 
+        # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
+        apart = {"use_reentrant": False, "preserve_rng_state": False}
         fitting = []
         for part, begin, count in zip(rows.split(size), first.split(size), number.split(size), strict=True):
             place = torch.arange(int(count[-1:].sum()), device=ids.device)
             places = (begin[:, None] + place).clamp(max=len(senses) - 1)
-            # The gradient gathers a part's candidates again: kept, those of all parts would lie beside each other.
-            apart = {"use_reentrant": False, "preserve_rng_state": False}
             scores = recompute(fit, part, places, **apart) if rows.requires_grad else fit(part, places)
             scores = scores.masked_fill(place >= count[:, None], -torch.inf)
             fitting.append(functional.pad(scores, (0, self.most - len(place)), value=-torch.inf))

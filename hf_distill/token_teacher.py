@@ -167,10 +167,10 @@ class SenseTeacher(Teacher):
         """That of the teacher, the dictionary's digest, and the selection."""
         return {**self.teacher.fingerprint, "dictionary": self.dictionary.digest, "select": self.select}
 
-    def replaced(self, batch: list[str]) -> tuple[Tensor, Tensor]:
-        """Return (the teacher's states with each replaced by its sense [N, T, D], mask [N, T]) of one batch."""
+    def states(self, batch: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (the teacher's states [N, T, D], these with each replaced by its sense, mask [N, T]) of one batch."""
         states, ids, mask = self.teacher.read(batch)
-        return self.dictionary.lookup(states, ids, mask, self.select)[0], mask
+        return states, self.dictionary.lookup(states, ids, mask, self.select)[0], mask
 
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return the senses of each text's tokens, [N, dim], whole numbers as float32; -1 for none."""

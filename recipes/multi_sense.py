@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         report.evaluators.insert(0, FidelityEvaluator(texts.held_out, teacher.encode(texts.held_out), recipe.dims))
         tasks.taught = (teacher.states, texts.held_out)
         if recipe.baselines:
-            tasks.add(["teacher", "teacher, replaced"], both_states(live), teacher, teacher.num_parameters)
+            tasks.add(["teacher", "teacher, replaced"], live.states, teacher, teacher.num_parameters)
             tasks.add(["untrained student", "untrained student, replaced"], both_states(student), student, size)
 
     given = {"train_dataset": texts.train, "teacher": senses, "loss": recipe.loss(), "peft_config": recipe.peft_config()}

@@ -207,21 +207,17 @@ def open_senses(recipe: Any, teacher: TokenTeacher, dictionary: SenseDictionary,
     return cache
 
 
-def both_states(model: SenseTeacher | MultiSenseStudent) -> TokenStates:
-    """Return texts -> (token states in the teacher's space [N, T, D], those replaced by senses, mask [N, T])."""
+def both_states(student: MultiSenseStudent) -> TokenStates:
+    """Return texts -> (states in the teacher's space [N, T, D], these with each replaced by its sense, mask [N, T])."""
 
-    def of_teacher(batch: list[str]) -> tuple[torch.Tensor, ...]:
-        states, ids, mask = model.teacher.read(batch)
-        return states, model.dictionary.lookup(states, ids, mask, model.select)[0], mask
-
-    def of_student(batch: list[str]) -> tuple[torch.Tensor, ...]:
-        options = {"padding": True, "truncation": True, "max_length": model.settings["max_length"], "return_tensors": "pt"}
-        inputs = model.tokenizer(batch, **options).to(model.device)
-        output = model.outputs(batch)
-        replaced, _ = model.dictionary.take(output.states, inputs["input_ids"], output.sense_scores)
+    def read(batch: list[str]) -> tuple[torch.Tensor, ...]:
+        options = {"padding": True, "truncation": True, "max_length": student.settings["max_length"], "return_tensors": "pt"}
+        inputs = student.tokenizer(batch, **options).to(student.device)
+        output = student.outputs(batch)
+        replaced, _ = student.dictionary.take(output.states, inputs["input_ids"], output.sense_scores)
         return output.states.float().cpu(), replaced.float().cpu(), inputs["attention_mask"].cpu()
 
-    return of_teacher if isinstance(model, SenseTeacher) else of_student
+    return read
 
 
 def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> float:
@@ -240,10 +236,11 @@ def sense_accuracy(source: SenseTeacher, student: MultiSenseStudent, texts: list
 def agreement(source: SenseTeacher, texts: list[str]) -> float:
     """Return the mean cosine between the teacher's embeddings with states replaced and as they are."""
 
-    def embed(batch: list[str]) -> torch.Tensor:
-        return functional.normalize(pool(*source.replaced(batch), "mean"), dim=-1)
+    def cosines(batch: list[str]) -> torch.Tensor:
+        *kinds, mask = source.states(batch)
+        return functional.cosine_similarity(*(pool(states, mask, "mean") for states in kinds))[:, None]
 
-    return float((encode_sorted(embed, texts, 32) * source.teacher.encode(texts)).sum(-1).mean())
+    return float(encode_sorted(cosines, texts, 32).mean())
 
 
 def explain_words(recipe: Any, args: Any, source: SenseTeacher, texts: Iterable[str]) -> None:

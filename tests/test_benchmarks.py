@@ -7,11 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import make_backbone, make_texts
+from conftest import make_backbone
 
 from hf_distill.arguments import DistillationTrainingArguments, parse_arguments
-from hf_distill.token_teacher import TokenTeacher
 
 
 ROOT = Path(__file__).parents[1]
@@ -111,18 +109,6 @@ def test_the_rule_takes_the_best_of_the_smallest_k_near_the_best(benchmark):
     }
     assert choose(rows | {"layer -1": {"end avg": 90.0}}) == "layer -1, k 5, l2"
     assert choose({}) is None
-
-
-def test_remembered_states_are_the_teachers(benchmark, backbone_folder):
-    texts = make_texts(40)
-    teacher, remembered = (kind(backbone_folder, dtype="float32") for kind in (TokenTeacher, benchmark("senses").Remembered))
-    for batch in (texts[:9], texts[5:30], texts[:9]):
-        states, ids, mask = teacher.read(batch)
-        found, own, real = remembered.read(batch)
-        assert torch.equal(own, ids)
-        assert torch.equal(real, mask)
-        assert (found - states * mask.unsqueeze(-1)).abs().max() < 2e-3
-    assert len(remembered.known) == 30
 
 
 def test_the_sweep_scores_every_combination_once_and_goes_on_where_it_stopped(benchmark, monkeypatch, word_tests):

@@ -253,8 +253,9 @@ def state_errors(states: TokenStates, teacher: TokenStates, texts: Sequence[str]
         batch = list(texts[start : start + batch_size])
         wanted, mask = teacher(batch)
         *kinds, _ = states(batch)
-        real = wanted.cpu()[mask.bool().cpu()].double()
-        wrong.append(torch.stack([(kind.cpu()[mask.bool().cpu()] - real).square().sum() for kind in kinds]))
+        read = mask.bool().cpu()
+        real = wanted.cpu()[read].double()
+        wrong.append(torch.stack([(kind.cpu()[read] - real).square().sum() for kind in kinds]))
         number, total, squares = number + len(real), total + real.sum(0), squares + real.square().sum()
     variance = squares - total.square().sum() / number
     return (100 * torch.stack(wrong).sum(0) / variance).tolist()
