@@ -23,9 +23,10 @@ from transformers.utils.hub import PushInProgress
 
 from .adapters import add_adapter, merged, student_of
 from .arguments import DistillationTrainingArguments
+from .batches import DistillationCollator, LengthGroupedSampler, TextStream, tokenize
 from .card import write_card
 from .cross_encoder import pair
-from .data import DistillationCollator, LengthGroupedSampler, TextStream, require_texts, text_columns, tokenize
+from .data import require_texts, text_columns
 from .hub import MEASURED, NOT_PUBLISHED, open_repository, publish
 from .layout import check_layout
 from .licenses import strictest

@@ -20,8 +20,8 @@ from hf_distill import (
     TeacherCache,
     TwoTowerTeacher,
 )
+from hf_distill.batches import DistillationCollator
 from hf_distill.cross_encoder import DualPoolingTeacher, pair
-from hf_distill.data import DistillationCollator
 from hf_distill.losses import ContrastiveLoss, DistillationLoss, EmbeddingMatching, ScoreDistillation, WeightedLoss
 from hf_distill.teachers import Teacher
 

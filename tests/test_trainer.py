@@ -19,7 +19,7 @@ from hf_distill import (
     WeightedLoss,
 )
 from hf_distill import trainer as trainer_module
-from hf_distill.data import LengthGroupedSampler, TextStream
+from hf_distill.batches import LengthGroupedSampler, TextStream
 from hf_distill.layout import check_layout
 from hf_distill.losses import AdditiveMarginSoftmax, FeatureDistillation, LogitDistillation, SimilarityLoss
 from hf_distill.runs import claim_output_dir, last_checkpoint
