@@ -4,7 +4,8 @@
 Makes a dictionary for each layer and k, and scores the teacher with its states replaced, by each selection, beside the teacher
 itself, on dev: with senses of [CLS] and [SEP], and with the states of these kept. Nothing is trained. Takes the recipe's flags;
 `--layers` and `--numbers` are the layers and the k to try. Every test is read once a layer, for all of its rows. Writes
-recipes/results/senses_<teacher>.json, again after each layer; the same command goes on from there.
+recipes/results/senses_<teacher>.json, again after each layer; the same command goes on from there. With `--words` and no test
+of sentences only words are compared, and it is words_<teacher>.json.
 
 The rule, fixed before the first run: the tasks are STS-B, WiC, SST-2 and TREC, dev of each (of TREC a tenth of its training
 texts), and count alike, classification with 8 texts a label. Of the last layer's dictionaries (its states are what the teacher
@@ -66,7 +67,7 @@ def main() -> None:
     texts = training_texts(recipe, args, tasks.seen)
     rows: dict[str, dict[str, Any]] = {}
     name = recipe.teacher_name or Path(recipe.teacher[0]).name
-    file = RECIPES / "results" / f"senses_{Path(name).name.lower()}.json"
+    file = RECIPES / "results" / f"{'senses' if tasks.ends else 'words'}_{Path(name).name.lower()}.json"
     run = provenance(recipe.split_seed)
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if known.get("provenance", {}).get("command") == run["command"]:  # stopped before
@@ -74,15 +75,18 @@ def main() -> None:
     facts = {"teacher": name, "split": recipe.split, "texts": texts.facts(recipe.texts_name)}
 
     for layer in layers:
-        if f"layer {layer}" in rows:
+        if f"layer {layer}" in {row.partition(",")[0] for row in rows}:
             continue
         options = {"layer": layer, "max_length": recipe.teacher_max_length or recipe.max_length}
         teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, bidirectional=recipe.bidirectional, **options)
         teacher.name = name  # as the recipe calls it, so that both read the texts once
         made = dictionaries(recipe, teacher, texts)
-        tasks.add([f"layer {layer}", *made], all_states(teacher, made), teacher, teacher.num_parameters)
-        for row in (f"layer {layer}", *made):
-            rows[row] = cells(report.rows[row]["scores"]) | (made[row][2] if row in made else {})
+        if tasks.ends:
+            tasks.add([f"layer {layer}", *made], all_states(teacher, made), teacher, teacher.num_parameters)
+            for row in (f"layer {layer}", *made):
+                rows[row] = cells(report.rows[row]["scores"]) | (made[row][2] if row in made else {})
+        else:
+            rows |= {f"layer {layer}, k {more['k']}": more for _, _, more in made.values()}
         write_results(file.parent, {"table": rows, "chosen": choose(rows), **facts, "provenance": run}, file.stem)
     print(table(rows), f"\n\nChosen: {choose(rows)}")
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +145,9 @@ def test_the_sweep_scores_every_combination_once_and_goes_on_where_it_stopped(be
     assert not added  # all of them stood in the file
     with pytest.raises(SystemExit, match="tests are not chosen on"):
         sweep("--split", "test")
+    words = re.sub(r"--(wic|classification) \S+", "", words)  # words alone, beside what dev said
+    sweep("--layers", "-2", "-1", "--numbers", "1", "3")
+    alone = json.loads((folder / "results" / "words_teacher.json").read_text())
+    assert alone["table"].keys() == {f"layer {layer}, k {k}" for layer in (-2, -1) for k in (1, 3)}
+    assert all(row["words"] == rows[f"{name}, dot"]["words"] for name, row in alone["table"].items())
+    assert alone["chosen"] is None
