@@ -219,6 +219,25 @@ def test_the_default_dictionary_is_the_one_that_dev_chose(monkeypatch):
     assert words == sorted(words, reverse=True)  # missed, as about.md says
 
 
+def test_what_replacing_costs_is_a_matter_of_the_teacher_as_about_md_says():
+    chosen = {"all-mpnet-base-v2": ("k 50, cos, special tokens kept", 93.6), "gemma-3-270m": ("k 5, l2", 94.2)}
+    for name, (row, kept) in chosen.items():
+        run = RUNS[f"senses_{name}"]
+        assert (run["split"], run["chosen"]) == ("dev", f"layer -1, {row}")
+        share = run["table"][run["chosen"]]["end avg"] / run["table"]["layer -1"]["end avg"]
+        assert 100 * share == pytest.approx(kept, abs=0.05)
+    mpnet, gemma = (RUNS[f"senses_{name}"]["table"] for name in chosen)
+    end = {select: mpnet[f"layer -1, k 50, {select}, special tokens kept"]["end avg"] for select in ("cos", "dot", "l2")}
+    assert end["cos"] > end["dot"] > end["l2"]
+    sts = [gemma[name]["STS-B dev"] for name in ("layer -1, k 5, dot", "layer -1, k 5, l2", "layer -1")]
+    assert sts == sorted(sts, reverse=True)
+    apart = {name: row for name, row in gemma.items() if name.endswith(", special tokens kept")}
+    assert len(apart) == 10
+    assert all(row == gemma[name.removesuffix(", special tokens kept")] for name, row in apart.items())
+    words = [[table[f"layer -1, k {k}, dot"]["words"] for k in (1, 5, 50)] for table in (mpnet, gemma)]
+    assert words == [sorted(words[0], reverse=True), sorted(words[1])]
+
+
 def test_a_dictionary_coarser_than_a_student_takes_more_from_it_than_it_brings():
     """The goals that about.md calls missed, and why."""
     rows = RUNS["minilm_senses"]["table"]
