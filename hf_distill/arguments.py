@@ -150,7 +150,8 @@ class RecipeArguments:
         metadata={"help": "Decides what is held out of the data and sampled; --seed what is drawn in training."},
     )
     baselines: bool = field(
-        default=True, metadata={"help": "Score the teacher and the untrained student, too; of several runs, one needs to."}
+        default=True,
+        metadata={"help": "Score what no training changes, too: teacher, untrained student; of several runs, one needs to."},
     )
     cache_dir: str = field(default="outputs/teacher-cache", metadata={"help": "Where teachers' vectors are kept."})
     texts_name: str | None = field(default=None, metadata={"help": "What results and card call the texts, if not as they are."})

@@ -262,13 +262,20 @@ def explain_words(recipe: Any, args: Any, source: SenseTeacher, texts: Iterable[
 
 
 def dictionary_facts(recipe: Any, source: SenseTeacher, student: MultiSenseStudent, texts: list[str]) -> dict[str, Any]:
-    """Return what the dictionary costs and covers, how often the student chooses as the teacher, and how similar words are."""
+    """Return what the dictionary costs and covers, and how often the student chooses as the teacher.
+
+    With `--baselines`, as they are the same for every student of it: how alike the teacher's embeddings stay, how well senses
+    keep definitions apart, and how similar words are by them.
+    """
     dictionary = source.dictionary
-    facts: dict[str, Any] = {"dictionary": {**dictionary.facts, **statistics(dictionary, texts)}}
-    facts["dictionary"]["sense_accuracy"] = 100 * sense_accuracy(source, student, texts)
-    facts["dictionary"]["agreement"] = agreement(source, texts)
+    own = {**dictionary.facts, **statistics(dictionary, texts)}
+    own["sense_accuracy"] = 100 * sense_accuracy(source, student, texts)
+    facts: dict[str, Any] = {"dictionary": own}
+    if not recipe.baselines:
+        return facts
+    own["agreement"] = agreement(source, texts)
     if EMBEDDED in recipe.texts:
-        facts["dictionary"] |= sense_purity(source, gcide_contexts())
+        own |= sense_purity(source, gcide_contexts())
     if recipe.words:
         found = (word_similarity(sense_vectors(dictionary, single), recipe.words) for single in (False, True))
         facts["words"] = dict(zip(("senses", "one centroid"), found, strict=True))

@@ -182,6 +182,8 @@ def test_what_dev_chooses_is_made_from_the_texts_that_are_trained_on_when_it_is_
 def test_other_losses(run, flags, parts):
     results = run(*flags.split(), "--num_train_epochs", "1", "--baselines", "false")
     assert list(results["rows"]) == ["student, without senses", "student"]
+    assert "sense_accuracy" in results["dictionary"]
+    assert "agreement" not in results["dictionary"]  # the dictionary's own, as a run with baselines says
     log = results["log_history"]
     assert {key for line in log for key in line if key.startswith("loss_")} == parts
 

@@ -302,7 +302,7 @@ def sense_purity(source: Any, contexts: Sequence[tuple[str, str, Any]], draws: i
         purity, purity_by_chance, contexts (how many counted); nothing if none does.
     """
     tokens = {word: word_tokens(source.dictionary, word) for word, _, _ in contexts}
-    rows = [row for row in contexts if len(tokens[row[0]]) == 1]
+    rows = sorted((row for row in contexts if len(tokens[row[0]]) == 1), key=lambda row: len(row[1]))  # little padding
     found: dict[str, list[tuple[int, Any]]] = {}
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
