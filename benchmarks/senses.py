@@ -48,6 +48,7 @@ class Sweep(MultiSenseArguments):
     """What is compared, beside the recipe's flags."""
 
     numbers: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50], metadata={"help": "Senses a token, to compare."})
+    name: str | None = field(default=None, metadata={"help": "Of the file of results, if not as above."})
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def main() -> None:
     texts = training_texts(recipe, args, tasks.seen)
     rows: dict[str, dict[str, Any]] = {}
     name = recipe.teacher_name or Path(recipe.teacher[0]).name
-    file = RECIPES / "results" / f"{'senses' if tasks.ends else 'words'}_{Path(name).name.lower()}.json"
+    called = recipe.name or f"{'senses' if tasks.ends else 'words'}_{Path(name).name.lower()}"
+    file = RECIPES / "results" / f"{called}.json"
     run = provenance(recipe.split_seed)
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if known.get("provenance", {}).get("command") == run["command"]:  # stopped before

@@ -147,6 +147,8 @@ def test_the_sweep_scores_every_combination_once_and_goes_on_where_it_stopped(be
         sweep("--split", "test")
     words = re.sub(r"--(wic|classification) \S+", "", words)  # words alone, beside what dev said
     sweep("--layers", "-2", "-1", "--numbers", "1", "3")
+    sweep("--layers", "-1", "--numbers", "1", "--name", "other")
+    assert {path.stem for path in (folder / "results").iterdir()} == {"senses_teacher", "words_teacher", "other"}
     alone = json.loads((folder / "results" / "words_teacher.json").read_text())
     assert alone["table"].keys() == {f"layer {layer}, k {k}" for layer in (-2, -1) for k in (1, 3)}
     assert all(row["words"] == rows[f"{name}, dot"]["words"] for name, row in alone["table"].items())
