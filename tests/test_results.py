@@ -261,6 +261,34 @@ def test_a_dictionary_coarser_than_a_student_takes_more_from_it_than_it_brings()
     assert all(f"--learning_rate {rate} " in made[kind] for kind, (_, rate) in best.items())
 
 
+def test_senses_of_the_tests_own_kind_of_text_lose_less_and_win_on_trec_as_about_md_says():
+    sweep, run = RUNS["senses_tasks"], RUNS["tasks_senses"]
+    rows, wider = run["table"], RUNS["minilm_senses"]["table"]
+    assert run["seeds"] == [1, 2, 3]
+    assert (sweep["split"], sweep["chosen"]) == ("dev", "layer -1, k 20, l2, special tokens kept")
+    assert "--k 20" in run["provenance"]["command"]
+    assert sweep["texts"]["leaked"] == 13339
+    share = sweep["table"][sweep["chosen"]]["end avg"] / sweep["table"]["layer -1"]["end avg"]
+    assert 100 * share == pytest.approx(99.5, abs=0.05)
+    replaced = rows["teacher, replaced"]
+    kept = [replaced[f"{name}, of the teacher"] for name in ("STS avg", "SST-2", "TREC")]
+    assert kept == pytest.approx([98.05, 94.4, 104.0], abs=0.06)
+    assert replaced["state error"] < wider["teacher, replaced"]["state error"] - 7
+
+    def limits(row, name):
+        return [float(end) for end in rows[row][f"{name}, range"].split("–")]
+
+    students = [f"student of {name}" for name in ("senses", "senses and states", "states")]
+    gains = [rows[f"{name}, replaced"]["TREC"] - rows[name]["TREC"] for name in students]
+    assert all(4 - 0.005 <= gain < 6.5 for gain in gains)
+    for other in ("student of states", "student of senses"):
+        assert limits("student of senses, replaced", "TREC")[0] > limits(other, "TREC")[1] + 2
+    for name in ("SST-2", "WiC", "STS avg", "end avg"):
+        assert limits("student of senses, replaced", name)[1] < limits("student of states", name)[0]
+    assert limits("student of senses and states", "end avg")[0] < limits("student of states", "end avg")[1]  # not told apart
+    assert max(students, key=lambda name: rows[name]["end avg"]) == "student of senses and states"
+
+
 def test_the_default_run_of_senses_is_what_about_md_says():
     rows = {name: row["scores"] for name, row in STUDENTS["multi_sense"]["rows"].items()}
     teacher, replaced = rows["teacher"], rows["teacher, replaced"]
