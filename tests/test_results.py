@@ -289,6 +289,17 @@ def test_senses_of_the_tests_own_kind_of_text_lose_less_and_win_on_trec_as_about
     assert max(students, key=lambda name: rows[name]["end avg"]) == "student of senses and states"
 
 
+def test_replacing_brings_where_a_student_is_coarser_than_its_dictionary_as_about_md_says():
+    rows = RUNS["gemma_senses"]["table"]
+    assert RUNS["gemma_senses"]["seeds"] == [1]
+    assert rows["teacher, replaced"]["STS avg, of the teacher"] == pytest.approx(77.7, abs=0.06)
+    assert rows["teacher, replaced"]["state error"] < rows["student of states"]["state error"] - 20
+    assert rows["student of states, replaced"]["end avg"] > rows["student of states"]["end avg"] + 1.8
+    assert rows["student of senses, replaced"]["end avg"] < rows["student of senses"]["end avg"] - 9
+    assert rows["untrained student"]["end avg"] > rows["teacher"]["end avg"]
+    assert "--k 5" in RUNS["gemma_senses"]["provenance"]["command"]
+
+
 def test_the_default_run_of_senses_is_what_about_md_says():
     rows = {name: row["scores"] for name, row in STUDENTS["multi_sense"]["rows"].items()}
     teacher, replaced = rows["teacher"], rows["teacher, replaced"]
