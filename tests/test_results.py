@@ -236,6 +236,10 @@ def test_what_replacing_costs_is_a_matter_of_the_teacher_as_about_md_says():
     assert all(row == gemma[name.removesuffix(", special tokens kept")] for name, row in apart.items())
     words = [[table[f"layer -1, k {k}, dot"]["words"] for k in (1, 5, 50)] for table in (mpnet, gemma)]
     assert words == [sorted(words[0], reverse=True), sorted(words[1])]
+    layers = RUNS["words_all-minilm-l6-v2"]["table"]
+    for layer in (1, 2, 3):
+        words = [layers[f"layer {layer}, k {k}"]["words"] for k in (1, 2, 5, 20, 50)]
+        assert words == sorted(words, reverse=True)
 
 
 def test_a_dictionary_coarser_than_a_student_takes_more_from_it_than_it_brings():
