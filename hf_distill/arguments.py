@@ -80,6 +80,14 @@ class DistillationTrainingArguments(TrainingArguments):
                 "first step would fail. Leave it out to compute a batch at once."
             )
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the weights of a step depend on; how many steps there are to be is none of them."""
+        names = ("seed", "data_seed", "train_sampling_strategy", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs")
+        names += ("warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+        names += ("bf16", "fp16")
+        rows = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return {**{name: getattr(self, name) for name in names}, "rows_a_step": rows}
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out of training_args.bin, which lies in every checkpoint and is uploaded with it."""
         return {**self.__dict__, "hub_token": None}
@@ -159,9 +167,6 @@ class RecipeArguments:
     language: str | None = field(default=None, metadata={"help": "Language code of the texts, for its card."})
 
     def __post_init__(self) -> None:
-        for name in ("texts", "teacher", "pairs"):  # a YAML file may name the only one without a list
-            if isinstance(getattr(self, name, None), str):
-                setattr(self, name, [getattr(self, name)])
         students = ("layers", "from_scratch", "shape", "max_params")
         given = {name: value for name in students if (value := getattr(self, name, None)) is not None}
         if len(given) > 1:
@@ -169,6 +174,10 @@ class RecipeArguments:
                 f"{type(self).__name__}: {given} are given, expected one of them. They name different students, of which one "
                 "would be made. Leave the others out, of the --config file, too."
             )
+        for name, parts in (("from_scratch", "hidden size, layers, heads, FFN size"), ("back_translation", "there, back")):
+            value = getattr(self, name, None)
+            if value is not None and len(value) != len(parts.split(", ")):
+                raise ValueError(f"{type(self).__name__}: {name} is {value}, expected {parts}: it can't be made of others.")
         for license in (self.license, self.teacher_license):  # not after hours
             require_license(license)
 
@@ -210,6 +219,8 @@ class RecipeArguments:
             "backbone_name",
             "texts_name",
             "words",
+            "split",
+            "all_labels",
             "explained",
             "index_report",
             "baselines",
@@ -239,13 +250,16 @@ class TextArguments(RecipeArguments):
     held_out: int = field(default=2000, metadata={"help": "Texts held out to measure fidelity on."})
     sts: str | None = field(
         default=None,
-        metadata={"help": "Folder of STS files; adds rows to the table and leaves the training as it is."},
+        metadata={
+            "help": "Folder of STS files; adds scores to the table. Training texts that stand in it are left out; of the "
+            "embedded text they always are."
+        },
     )
     sts_dev: str | None = field(
         default=None,
         metadata={
             "help": "Folder with stsb-dev: adds the row that settings may be chosen by, of pairs that are in no test set of "
-            "--sts, or of that folder; as --sts leaves the training."
+            "--sts, or of that folder. Training texts that stand in it are left out, too."
         },
     )
 
@@ -403,8 +417,11 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None, **default
                     f"--config: {config} has the key {key!r}, which is no setting of this recipe."
                     + (f" Did you mean {close[0]!r}?" if close else " See --help for all of them.")
                 )
-        parser.set_defaults(**settings)
         for action in parser._actions:  # a value from the file satisfies a required flag
             action.required = action.required and action.dest not in settings
+            value = settings.get(action.dest)
+            if action.nargs == "+" and value is not None and not isinstance(value, list):  # the only one, without a list
+                settings[action.dest] = [value]
+        parser.set_defaults(**settings)
     namespace = vars(parser.parse_args(argv))
     return tuple(cls(**{f.name: namespace[f.name] for f in fields(cls) if f.init}) for cls in classes)

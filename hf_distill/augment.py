@@ -100,14 +100,15 @@ class BackTranslation:
     @torch.no_grad()
     def __call__(self, texts: list[str], number: int = 0) -> list[str]:
         """Return as many texts; round `number` seeds what is sampled."""
-        torch.manual_seed(number)
-        for tokenizer, model in self._ways:
-            translated = []
-            for start in logging.tqdm(range(0, len(texts), self.batch_size), desc="Translating", unit="batch"):
-                batch = texts[start : start + self.batch_size]
-                inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
-                translated += tokenizer.batch_decode(model.generate(**inputs, **self.generation), skip_special_tokens=True)
-            texts = translated
+        with torch.random.fork_rng():  # what is drawn after it is the run's
+            torch.manual_seed(number)
+            for tokenizer, model in self._ways:
+                translated = []
+                for start in logging.tqdm(range(0, len(texts), self.batch_size), desc="Translating", unit="batch"):
+                    batch = texts[start : start + self.batch_size]
+                    inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
+                    translated += tokenizer.batch_decode(model.generate(**inputs, **self.generation), skip_special_tokens=True)
+                texts = translated
         return texts
 
 

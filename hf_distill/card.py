@@ -105,6 +105,7 @@ def run_card(facts: Mapping[str, Any], name: str, plots: Sequence[str] = (), has
         facts=facts,
         measured=measured,
         student=student,
+        dim=student.get("projection_dim") or (facts["rows"]["student"]["dim"] if measured else None),
         losses=losses,
         caution=asked,
         tables=tables,

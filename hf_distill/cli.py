@@ -33,7 +33,7 @@ def _command(function: Callable[..., None], **settings: Any) -> Callable[..., No
         try:
             function(*args, **kwargs)
         except (ValueError, OSError, ImportError, TypeError) as error:
-            _ERR.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            _ERR.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(1)
 
     return app.command(**settings)(run)
@@ -59,12 +59,14 @@ def train(
     home = next(path for path in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes") if path.is_dir())
 
     def find(name: str, folder: str, suffix: str) -> str:
-        places = [Path(name), home / folder / f"{name}{suffix}"]
-        found = next((path for path in places if path.is_file()), None)
-        if found is None:
-            known = sorted(path.stem for path in (home / folder).glob(f"*{suffix}"))
+        if Path(name).is_file():
+            return name
+        known = {path.stem: path for path in sorted((home / folder).glob(f"*{suffix}"))}
+        if not folder:  # what recipes share lies beside them
+            known = {stem: path for stem, path in known.items() if "\ndef main(" in path.read_text(encoding="utf-8")}
+        if name not in known:
             raise FileNotFoundError(f"train: {name} is neither a file nor one of {', '.join(known)}.")
-        return str(found)
+        return str(known[name])
 
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", find(accelerate_config, "accelerate", ".yaml")] if accelerate_config else []
@@ -139,8 +141,15 @@ def evaluate(
     from .evaluation.similarity import FidelityEvaluator
     from .teachers import EncoderTeacher
 
-    if sts is None and retrieval is None and (teacher is None or texts is None):
-        raise ValueError("evaluate: nothing to score by, expected --sts, --retrieval, or --teacher with --texts.")
+    if (teacher is None) != (texts is None) or (sts is None and retrieval is None and teacher is None):
+        raise ValueError(
+            f"evaluate: --sts is {sts}, --retrieval {retrieval}, --teacher {teacher}, --texts {texts}, expected --sts, "
+            "--retrieval, or --teacher with --texts: one of these two alone scores nothing."
+        )
+    if output:  # not after the work
+        if output.suffix != ".json":
+            raise ValueError(f"evaluate: --output is {output}, expected a name that ends in .json.")
+        output.parent.mkdir(parents=True, exist_ok=True)
     model = _open(encoder, pooling=pooling)
     evaluators = _evaluators(sts, retrieval, split, dim or [])
     if teacher and texts:
@@ -212,14 +221,15 @@ def _open(name: str, **options: Any) -> Any:
         student = open_student(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
         def speak(texts: list[str], prompt_name: str | None = None) -> Any:
-            return student.encode(texts)
+            return student.encode(texts, prompt_name)
 
         return SimpleNamespace(name=name, encode=speak, num_parameters=student.num_parameters(), dim=student.dim)
     plain = EncoderTeacher(name, **options)
     sides: dict[str | None, Any] = {side: plain.with_prompt(plain.prompt_of(side)) for side in ("query", "document")}
     known = settings.get("document_encoder")
     if known:
-        sides["document"] = EncoderTeacher(known["name"], known["revision"], prompt=known["prompt"], **options)
+        own = {key: known.get(key) for key in ("prompt", "pooling", "max_length")}
+        sides["document"] = EncoderTeacher(known["name"], known["revision"], **{**options, **own})
         if (folder / PROJECTION_FILE).exists():
             sides["document"] = sides["document"].project(PCAProjection.from_pretrained(folder))
 
@@ -305,6 +315,8 @@ def push(
 ) -> None:
     """Publish a student with its card, results and plots, in one commit; log in first: `hf auth login`.
 
+    A sense dictionary that lies beside it is published beside it.
+
     Every way to open it is compared before; one that gives other vectors ends the push. If the push fails, the repository is as
     it was, and the same command completes it.
 
@@ -312,11 +324,12 @@ def push(
     """
     from .card import write_card
     from .hub import publish, require_name
-    from .layout import check_layout
+    from .layout import check_layout, publish_senses
 
     require_name(name)
     check_layout(student)
     write_card(student, name)
+    publish_senses(student, name, private)
     publish(student, name, private=private, revision=revision, message=message)
 
 
@@ -369,8 +382,8 @@ def explain(
     found = SenseDictionary.from_pretrained(dictionary)
     live, rows = None, []
     if teacher and texts:
-        made = found.facts["fingerprint"]
-        options = {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype")}
+        made = found.facts.get("fingerprint") or {}
+        options = {key: made[key] for key in ("layer", "bidirectional", "max_length", "dtype") if key in made}
         live = TokenTeacher(teacher, **options)
         name, names = split_source(texts)
         dataset = load_texts(name)

@@ -81,8 +81,7 @@ class CrossEncoderTeacher(Teacher):
         self.model.to(self.device).eval().requires_grad_(False)
         self.label, self.pooled = self._column(label), pooled
         self.dim = 1 + 2 * self.model.config.hidden_size if pooled else 1
-        longest = longest_input(self.model.base_model, self.tokenizer)
-        self.max_length = min(max_length or longest, longest)
+        self.max_length = longest_input(self.model.base_model, self.tokenizer, max_length)
         self._fingerprint: dict[str, Any] | None = None
 
     def _column(self, label: int | str | None) -> int:

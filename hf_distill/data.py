@@ -169,18 +169,18 @@ def text_columns(dataset: Any, names: list[str] | None = None) -> list[str]:
         if name not in have:
             close = difflib.get_close_matches(name, have, 1)
             raise ValueError(
-                f"DistillationTrainer: text column {name!r} is not in the data set, expected one of {have}."
+                f"texts: column {name!r} is not in the data set, expected one of {have}."
                 + (f" Did you mean {close[0]!r}?" if close else "")
-                + " Set text_columns."
+                + " Set text_columns, or, where a source is named, name:a,b."
             )
     columns = list(names) if names else [name for name in have if name not in RESERVED_COLUMNS]
     if not columns:
-        raise ValueError(f"DistillationTrainer: the data set has only {have}, expected a text column.")
+        raise ValueError(f"texts: the data set has only {have}, expected a text column.")
     for name in columns:
         dtype = getattr(dataset.features[name], "dtype", None) if dataset.features else "string"
         if dtype not in ("string", "large_string"):
             raise ValueError(
-                f"DistillationTrainer: column {name!r} is of type {dataset.features[name]}, expected strings. Its values "
+                f"texts: column {name!r} is of type {dataset.features[name]}, expected strings. Its values "
                 "would be embedded as text. Name the text columns: --text_columns " + " ".join(c for c in columns if c != name)
             )
     return columns

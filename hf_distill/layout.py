@@ -3,8 +3,11 @@
 
 import filecmp
 import importlib.util
+import json
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers.utils import logging
 from .card import write_card
 from .hub import PROJECTION_FILE, RUN_FILE, files_of, publish, require_name
 from .multi_sense import MultiSenseStudent
+from .senses import SenseDictionary
 from .student import StudentModel
 
 
@@ -113,9 +117,9 @@ def publish_student(
     with tempfile.TemporaryDirectory() as made:
         folder, source = Path(made) / "student", Path(student.name_or_path or "/")
         student.save_pretrained(folder, max_shard_size=max_shard_size)
-        senses = student.settings.get("senses", {}).get("name", "")
-        if senses.startswith("../"):  # where a reader will find them, too
-            student.dictionary.save_pretrained(folder / senses)
+        senses = senses_beside(student.settings)
+        if senses:
+            student.dictionary.save_pretrained(folder.with_name(senses))
         weights = [path for path in files_of(folder) if path.endswith(".safetensors")]
         if all((source / path).is_file() and filecmp.cmp(folder / path, source / path, shallow=False) for path in weights):
             for pattern in ("results.json", RUN_FILE, PROJECTION_FILE, "*.png", "onnx/*.onnx"):
@@ -125,4 +129,41 @@ def publish_student(
                     shutil.copy2(file, target)
         check_layout(folder)
         write_card(folder, name)
+        publish_senses(folder, name, options.get("private"), options.get("token"))
         return publish(folder, name, message=commit_message, **options)
+
+
+def senses_beside(settings: Mapping[str, Any]) -> str | None:
+    """Return what the sense dictionary beside a student is called; None if it has none, or one that the Hub knows by its id.
+
+    Raises:
+        ValueError: If it lies elsewhere on this machine: nobody who opens the student on another would find it.
+    """
+    name = (settings.get("senses") or {}).get("name", "")
+    found = name.removeprefix("../")
+    if name == found and not name.startswith(("/", ".")):
+        return None
+    if name == found or not re.fullmatch(r"\w[\w.-]*", found):
+        raise ValueError(
+            f"publish: the student's sense dictionary is {name}, expected one beside it (../name), or an id of the Hub. Who "
+            'opens the student would not find it. Publish it (dictionary.push_to_hub("me/senses")), and save the student '
+            'attached to that: student.attach(dictionary, "me/senses").'
+        )
+    return found
+
+
+def publish_senses(folder: str | Path, name: str, private: bool | None = None, token: str | None = None) -> None:
+    """Publish the sense dictionary beside a student's folder, if it has one, beside its repository, where it is looked for.
+
+    Args:
+        folder: Of the student.
+        name: Of the student's repository.
+        private: As `publish` takes it.
+        token: As there.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    senses = senses_beside(config.get("hf_distill") or {})
+    if senses:
+        owner, slash, _ = name.rpartition("/")
+        dictionary = SenseDictionary.from_pretrained(Path(folder).resolve().with_name(senses))
+        dictionary.push_to_hub(owner + slash + senses, private=private, token=token)

@@ -4,6 +4,7 @@
 This file is published beside the weights, with student.py and senses.py.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,14 @@ class MultiSenseStudent(StudentModel):
             place = _find(name, known["name"])
             hub_options = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
             dictionary = SenseDictionary.from_pretrained(place, revision=known["revision"], **hub_options)
+            if dictionary.digest != known["digest"] and not Path(place).is_dir():  # published over; it is still there
+                with contextlib.suppress(OSError):
+                    dictionary = SenseDictionary.from_pretrained(place, revision=known["digest"], **hub_options)
             if dictionary.digest != known["digest"]:
                 raise ValueError(
                     f"MultiSenseStudent: the dictionary in {place} has digest {dictionary.digest}, expected {known['digest']}, "
-                    f"that of the training of {name}. Its states would be replaced by other senses. Fetch the dictionary that "
-                    "belongs to it, or an earlier revision."
+                    f"that of the training of {name}. Its states would be replaced by other senses. Put the dictionary that "
+                    "belongs to it there."
                 )
             model.tokenizer.padding_side = "right"
             model.attach(dictionary, known["name"], known["revision"], known["select"])
@@ -144,6 +148,11 @@ class MultiSenseStudent(StudentModel):
             found = MultiSenseOutput(**output, states=states)
             if self.dictionary is None or not (self.scored_in_training if self.training else self.replace):
                 return found
+            if input_ids is None:
+                raise ValueError(
+                    "MultiSenseStudent: input_ids is None, expected the tokens: senses are theirs. Give them, or set "
+                    "student.replace = False."
+                )
             scores = self.dictionary.all_scores(states, input_ids, mask, self.settings["senses"]["select"])
             found["sense_scores"] = scores
             if not self.training:
@@ -170,9 +179,22 @@ class MultiSenseStudent(StudentModel):
 
 
 def _find(student: Any, name: str) -> str:
-    """Return where a student's dictionary is: a folder, counted from the student's, or an id on the Hub, beside it or whole."""
-    here = Path(student)
+    """Return where a student's dictionary is: a folder, counted from the student's, or an id on the Hub, beside it or whole.
+
+    Raises:
+        OSError: If it should lie beside a folder, and does not.
+    """
+    here, beside = Path(student), name.removeprefix("../")
     if not here.is_dir():
-        return f"{here.parent}/{name[3:]}" if name.startswith("../") else name
+        return f"{here.parent}/{beside}" if name != beside else name
     place = (here.parent if here.name.startswith("checkpoint-") else here) / name  # a checkpoint lies one folder deeper
-    return str(place) if place.is_dir() else name
+    if place.is_dir():
+        return str(place)
+    if name == beside and not name.startswith(("/", ".")):
+        return name
+    if here.parent.name == "snapshots":  # of the Hub's cache: models--owner--name/snapshots/commit
+        return "/".join([*here.parents[1].name.split("--")[1:-1], beside])
+    raise OSError(
+        f"MultiSenseStudent: the sense dictionary of {here} is not at {place}, expected it there: the student names it {name}. "
+        "Without it the student would be another model than was measured. Copy it there."
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .hub import RUN_FILE
+from .shards import write_whole
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -35,8 +36,9 @@ def claim_output_dir(folder: str | Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_run(folder, facts)
     except OSError as error:
+        why = error.__cause__ or error  # of a file, as `write_whole` says it
         raise OSError(
-            error.errno, f"DistillationTrainer: {folder} can't be written ({error.strerror}). Use another --output_dir"
+            error.errno, f"DistillationTrainer: {folder} can't be written ({why}). Use another --output_dir"
         ) from error
 
 
@@ -66,7 +68,8 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
     """Write facts into the folder's RUN_FILE, beside what it says already."""
     path = folder / RUN_FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, **plain(facts)}, indent=1) + "\n", encoding="utf-8")
+    # Every process of a launch writes it, and reads it, at the same time.
+    write_whole(path, (json.dumps({**known, **plain(facts)}, indent=1) + "\n").encode())
 
 
 def require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) -> None:
@@ -88,8 +91,9 @@ def require_same_run(folder: Path, facts: dict[str, Any], new: bool = False) -> 
     changed = [f"{key}: {a!r} there, {b!r} now" for key, a, b in _differences(saved, facts)]
     if changed:
         raise ValueError(
-            f"DistillationTrainer: {folder} holds another run ({'; '.join(changed)}), expected the same teacher, loss, student "
-            "and data. Weights would be trained toward other targets. Use another output_dir, or delete it."
+            f"DistillationTrainer: {folder} holds another run ({'; '.join(changed)}), expected the same teacher, loss, "
+            "student, data and training settings. Weights would be trained toward other targets, or otherwise than is said of "
+            "them. Use another output_dir, or delete it."
         )
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .processes import process_state
 from .senses import SenseDictionary
-from .shards import keys_of, read_tensor, write_whole
+from .shards import KEY, KeySet, keys_of, read_tensor, write_whole
 from .token_teacher import TokenTeacher
 
 
@@ -45,9 +45,9 @@ def build_senses(
     called again, it goes on after them. Other processes make other batches, and states are then rounded otherwise: with a
     teacher in float32 senses differ by less than 2e-3; in bfloat16 k-means may end elsewhere.
 
-    Memory of a process: about 80 bytes for each occurrence that was ever kept, the states of a group of tokens (256 MB), those
-    of one block (at most 5 MB times the tokens of its longest text), and at the end four times the dictionary as it is saved;
-    disk: 2 D + 12 bytes for each occurrence that was ever kept, and the senses.
+    Memory of a process: 16 bytes a text, about 80 bytes for each occurrence that was ever kept, the states of a group of tokens
+    (256 MB), those of one block (at most 5 MB times the tokens of its longest text), and at the end four times the dictionary
+    as it is saved; disk: 2 D + 12 bytes for each occurrence that was ever kept, and the senses.
 
     Args:
         teacher: Whose states.
@@ -75,13 +75,13 @@ def build_senses(
     folder, size = Path(folder), len(teacher.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     paths, count, digest = _keep_states(teacher, texts, folder, cap, batch_size)
-    taken = _merge(paths, size, cap)
+    taken = _merge(paths, cap)
     ids, senses, counts = _keep_senses(paths, taken, folder / f"senses-{_digest(digest, rule, seed)}", k, seed)
     order = np.argsort(ids, kind="stable")
     offsets = np.searchsorted(ids[order], np.arange(size + 1))
     facts = {"teacher": teacher.name, "revision": teacher.revision, "fingerprint": teacher.fingerprint, "layer": teacher.layer}
     facts |= {**rule, "cap": cap, "seed": seed, "texts": count, "occurrences": len(taken)}
-    raw = _share_raw(taken[:, 0], k) if isinstance(k, int) else 0.0
+    raw = _share_raw(taken[:, 0], k) if isinstance(k, int) and k < cap else 0.0  # of as many as the cap no more are known
     if raw > 0.9:
         logger.warning(
             f"build_senses: {raw:.0%} of the tokens occur no more than {k} times: their senses are single states, not what "
@@ -114,10 +114,11 @@ def _keep_states(
     """Return (the files of states, a block of texts each; how many texts; a digest of all that they depend on)."""
     sample, state = _Sample(len(teacher.tokenizer), cap), process_state()
     paths, count, digest = [], 0, _digest(teacher.fingerprint, cap, batch_size)
-    for number, block in enumerate(_blocks(texts, max(1, _NUMBERS // teacher.dim))):
-        count += len(block)
+    seen = KeySet(np.empty(0, KEY))
+    for number, (block, keys) in enumerate(_blocks(texts, max(1, _NUMBERS // teacher.dim))):
+        count += len(seen.add(keys))
         # What a block keeps depends on those before it.
-        digest = _digest(digest, keys_of(block).tobytes().hex())
+        digest = _digest(digest, keys.tobytes().hex())
         paths.append(folder / f"states-{digest}.safetensors")
         if number % state.num_processes == state.process_index:
             if not paths[-1].exists():
@@ -188,10 +189,13 @@ def _digest(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
-def _blocks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    rows = iter(texts)
+def _blocks(texts: Iterable[str], size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield (a block's distinct texts, their keys)."""
+    rows, first = iter(texts), 0
     while block := list(islice(rows, size)):
-        yield list(dict.fromkeys(block))
+        keys = dict(zip(block, keys_of(block, first), strict=True))
+        yield list(keys), np.array(list(keys.values()), KEY)
+        first += len(block)
 
 
 def _gather(teacher: TokenTeacher, block: list[str], sample: _Sample, batch_size: int) -> dict[str, np.ndarray]:
@@ -232,7 +236,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _merge(paths: list[Path], size: int, cap: int) -> np.ndarray:
+def _merge(paths: list[Path], cap: int) -> np.ndarray:
     """Return [n, 3]: token, file and row of the occurrences that are taken, by token and hash."""
     ids, hashes, files, rows = [], [], [], []
     for number, path in enumerate(paths):

@@ -92,12 +92,12 @@ class SenseDictionary:
         return self.senses[self.offsets[token] : self.offsets[token + 1]].float()
 
     def without_special_tokens(self) -> "SenseDictionary":
-        """Return it without senses of the tokens that stand around a text, such as [CLS] and [SEP]: they keep their states.
+        """Return it without senses of special tokens, such as [CLS] and [SEP], and of [UNK]: they keep their states.
 
         Such a token means nothing by itself; its state sums up the whole text, and few senses hold little of that. The released
         code leaves them out for DeBERTa, and not for language models.
         """
-        number, special = self.offsets.diff(), torch.tensor(self.tokenizer.all_special_ids)
+        number, special = self.offsets.diff(), torch.tensor(self.tokenizer.all_special_ids, dtype=torch.long)
         kept = torch.ones(len(number), dtype=torch.bool)
         kept[special] = False
         rows = kept.repeat_interleave(number)
@@ -187,6 +187,8 @@ class SenseDictionary:
     def push_to_hub(self, name: str, **options: Any) -> str:
         """Publish what `save_pretrained` writes in one commit, as a repository of its own; return the address of its page.
 
+        It stays there as a branch named by its digest, too: students that name it find it when another takes its place.
+
         Args:
             name: Of the repository; it is made if there is none.
             **options: Of `hf_distill.hub.publish`: private, revision, token, message.
@@ -200,7 +202,9 @@ class SenseDictionary:
             raise ImportError("SenseDictionary: to publish one takes hf_distill. Install it: pip install hf_distill") from error
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return publish(folder, name, **{"message": "Sense dictionary", **options})
+            address = publish(folder, name, **{"message": "Sense dictionary", **options})
+            publish(folder, name, **{"message": "Sense dictionary", **options, "revision": self.digest})
+            return address
 
     def card(self) -> str:
         """Return the card of its repository, made from the facts."""

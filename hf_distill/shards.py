@@ -70,7 +70,7 @@ def write_whole(path: Path, content: bytes, need: str = "") -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(
-            error.errno, f"TeacherCache: {path} can't be written ({error.strerror}). What is finished stays: free space "
+            error.errno, f"hf_distill: {path} can't be written ({error.strerror}). What is finished stays: free space "
             f"({need or len(content)}) and run the same command again"
         ) from error  # fmt: skip
 

@@ -82,14 +82,24 @@ def encode_sorted(
     return result
 
 
-def longest_input(backbone: PreTrainedModel, tokenizer: Any) -> int:
-    """Return how many tokens a text may have: the position table less its padding offset, or the tokenizer's own limit."""
+def longest_input(backbone: PreTrainedModel, tokenizer: Any, wanted: int | None = None) -> int:
+    """Return how many tokens a text may have: the position table less its padding offset, the tokenizer's limit, or `wanted`.
+
+    Raises:
+        ValueError: If none of them says: memory would be made for texts of any length.
+    """
     limit = getattr(backbone.config, "max_position_embeddings", None) or tokenizer.model_max_length
     for name, module in backbone.named_modules():
         # RoBERTa's kind numbers positions from padding_idx + 1, so two rows of the table are never reached.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limit -= module.padding_idx + 1
-    return min(limit, tokenizer.model_max_length)
+    limit = min(limit, tokenizer.model_max_length, wanted or limit)
+    if limit > 10**9:  # what a tokenizer without a limit says
+        raise ValueError(
+            f"max_length is not given, and neither {type(backbone).__name__} nor its tokenizer has a longest input, expected "
+            "one of them. Memory would be made for texts of any length. Give max_length."
+        )
+    return limit
 
 
 @contextlib.contextmanager
@@ -254,7 +264,7 @@ class StudentModel(PreTrainedModel):
             layers: Which layers of that.
         """
         _check_settings(pooling, activation, projection_dim)
-        longest = longest_input(backbone, tokenizer)
+        longest = longest_input(backbone, tokenizer, max_length)
         if max_length is not None and max_length > longest:
             raise ValueError(
                 f"StudentModel: max_length is {max_length}, expected at most {longest}, which {base_model or 'it'} takes. "
@@ -265,14 +275,13 @@ class StudentModel(PreTrainedModel):
             for key, value in list(vars(config).items()):
                 if "dropout" in key and isinstance(value, float):
                     setattr(config, key, dropout)
-        prompts = {"query": "", "document": "", **(prompts or {})}
         settings = {"pooling": pooling, "projection_dim": projection_dim, "activation": activation, "bias": bias}
-        settings |= {"normalize": normalize, "max_length": max_length or longest, "prompts": prompts}
+        settings |= {"normalize": normalize, "max_length": longest, "prompts": {"query": "", "document": "", **(prompts or {})}}
         config.hf_distill = {**settings, "base_model": base_model, "layers": layers}
         model = cls(config)
         model.backbone.load_state_dict(backbone.state_dict())
         model.tokenizer = tokenizer
-        tokenizer.model_max_length = config.hf_distill["max_length"]
+        tokenizer.model_max_length = longest
         return model
 
     @classmethod
@@ -503,13 +512,8 @@ class StudentModel(PreTrainedModel):
         if settings["normalize"]:
             modules.append(("3_Normalize", "Normalize"))
         # The short names of sentence-transformers 2 are understood by every version since.
-        _write_json(
-            folder / "modules.json",
-            [
-                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for i, (path, kind) in enumerate(modules)
-            ],
-        )
+        listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
+        _write_json(folder / "modules.json", [{"idx": i, "name": str(i), **module} for i, module in enumerate(listed)])
         _write_json(folder / "sentence_bert_config.json", {"max_seq_length": settings["max_length"], "do_lower_case": False})
         prompts = {"prompts": settings["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
         _write_json(folder / "config_sentence_transformers.json", prompts)

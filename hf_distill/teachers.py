@@ -267,7 +267,9 @@ class JointTeacher(Teacher):
     def fingerprint(self) -> dict[str, Any]:
         """Those of the teachers, and how they are put together."""
         parts = [teacher.fingerprint for teacher in self.teachers]
-        return {"combine": self.combine, "weights": self.weights, "teachers": parts}
+        precisions = {part.get("dtype") for part in parts}
+        common = {"dtype": precisions.pop()} if len(precisions) == 1 else {}
+        return {"combine": self.combine, "weights": self.weights, "teachers": parts, **common}
 
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return joint targets [N, dim]."""
@@ -279,9 +281,10 @@ class JointTeacher(Teacher):
         return torch.cat([weight**0.5 * part for weight, part in zip(self.weights, parts, strict=True)], dim=-1)
 
     def add(self, *columns: Iterable[str]) -> None:
-        """Encode the texts that a cached teacher does not have yet (`TeacherCache.add`)."""
+        """Encode the texts that cached teachers do not have yet (`TeacherCache.add`); others keep none."""
         for teacher in self.teachers:
-            teacher.add(*columns)
+            if hasattr(teacher, "add"):
+                teacher.add(*columns)
 
     def require(self, texts: Iterable[str]) -> None:
         """Raise if one of the teachers lacks a text that another has.
@@ -379,8 +382,7 @@ class EncoderTeacher(Teacher):
                 "Targets would come from random weights. Fetch it again."
             )
         self._absent = info["missing_keys"]
-        longest = longest_input(self.model, self.tokenizer)
-        self.max_length = min(max_length or layout["max_length"] or longest, longest)
+        self.max_length = longest_input(self.model, self.tokenizer, max_length or layout["max_length"])
         self.heads = [load_dense(self.folder / path, str(name)) for path in layout["dense"]]
         if "device_map" in load_options:
             self.device = self.model.device  # where inputs go; the rest is where the map put it
@@ -484,7 +486,8 @@ def fetch(name: str | Path, revision: str | None = None, code: bool = False, kin
         raise OSError(
             f"{name} is neither a folder here nor a repository that can be had from the Hub now, expected one of them. "
             "Check the spelling, log in (`hf auth login`) if it is private, and without network (or with "
-            f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}`. ({type(error).__name__}: {error})"
+            f"HF_HUB_OFFLINE=1) fetch it first: `hf download {name}{'' if kind == 'model' else f' --repo-type {kind}'}`. "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

@@ -71,8 +71,13 @@ class TokenTeacher(Teacher):
                 f"checkpoint and a layer from {-total - 1} to {total}. States would be random, or others than asked for."
             )
         self.layer, self.bidirectional, self._absent = layer, bidirectional, info["missing_keys"]
-        self.max_length = min(max_length or 10**9, longest_input(self.model, self.tokenizer))
+        self.max_length = longest_input(self.model, self.tokenizer, max_length)
         self.model.to(self.device).eval().requires_grad_(False)
+        if bidirectional and not _reads_on(self.model):
+            raise ValueError(
+                f"TokenTeacher: {name} ({type(self.model).__name__}) reads from left to right although bidirectional is True, "
+                "expected states that depend on what follows. Senses would be those of half a text. Leave it out."
+            )
         self.dim = self.model.config.hidden_size
         self._fingerprint: dict[str, Any] | None = None
 
@@ -124,6 +129,15 @@ class TokenTeacher(Teacher):
         states, mask = self.states([text for row in rows for text in row])
         states = states * mask.unsqueeze(-1)
         return states.reshape(len(rows), -1, *states.shape[1:]).cpu()  # as every target: the loader may pin it
+
+
+@torch.no_grad()
+def _reads_on(model: Any) -> bool:
+    """Return whether the state of a token depends on the tokens behind it; some models have a mask of their own."""
+    ids = torch.arange(10, 13, device=model.device).repeat(2, 1) % model.config.vocab_size
+    ids[1, -1] = (ids[1, -1] + 1) % model.config.vocab_size
+    first = model(input_ids=ids).last_hidden_state[:, 0].float()
+    return not torch.allclose(*first, rtol=1e-4, atol=1e-6)
 
 
 class SenseTeacher(Teacher):

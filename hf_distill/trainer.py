@@ -28,7 +28,7 @@ from .card import write_card
 from .cross_encoder import pair
 from .data import require_texts, text_columns
 from .hub import MEASURED, NOT_PUBLISHED, open_repository, publish
-from .layout import check_layout
+from .layout import check_layout, publish_senses
 from .licenses import strictest
 from .losses import DistillationLoss
 from .processes import Evaluator, gather_rows, require_same, require_strategy, score
@@ -123,7 +123,7 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_options,
         )
-        self.run_facts = self._describe_run(first)
+        self._facts = self._describe_run(first)
         require_same(self.run_facts)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -159,8 +159,13 @@ class DistillationTrainer(Trainer):
                 self.reranker.require(map(pair, dataset[self.columns[0]], dataset[column]))
         return tokenize(dataset, tokenizer, self.columns, student.settings["max_length"], self.read)
 
+    @property
+    def run_facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be gone on from, as plain JSON; settings as they are now: a search sets them."""
+        return {**self._facts, "training": plain(self.args.identity())}
+
     def _describe_run(self, model: nn.Module) -> dict[str, Any]:
-        """Return what a checkpoint must agree with to be gone on from, as plain JSON."""
+        """Return what is trained on what, toward what, as plain JSON."""
         rows = len(self.train_dataset) if isinstance(self.train_dataset, datasets.Dataset) else None
         facts = {
             "teacher": self.teacher.name if self.teacher else None,
@@ -429,6 +434,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Push student, card, results and plots in one commit; a student whose loaders disagree is not published.
 
+        A sense dictionary that lies beside the student is published beside it, before.
+
         Args:
             commit_message: Its title.
             blocking: Whether to wait for it; a future is returned otherwise.
@@ -453,7 +460,9 @@ class DistillationTrainer(Trainer):
             self.init_hf_repo(token, private)
         self.create_model_card()
         self._finish_current_push()
-        options = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
+        private, token = self.args.hub_private_repo if private is None else private, token or self.args.hub_token
+        publish_senses(self.args.output_dir, self.hub_model_id, private, token)
+        options = {"revision": revision or self.args.hub_revision, "token": token}
         push = partial(publish, self.args.output_dir, self.hub_model_id, **options, message=commit_message)
         return push() if blocking else self._in_background.submit(push)
 
@@ -511,6 +520,13 @@ def _require_teachers(
             f"DistillationTrainer: the student's training-only head gives {width} dimensions, {type(loss).__name__} compares "
             f"{wanted} of the teacher with them, expected as many (None for no head). The head would learn nothing, or nothing "
             "be learned through it. Call student.add_training_head(teacher.dim) if, and only if, the loss looks at `feature`."
+        )
+    digest = (student.settings.get("senses") or {}).get("digest")
+    if "sense_scores" in loss.outputs and digest != teacher.fingerprint.get("dictionary"):
+        raise ValueError(
+            f"DistillationTrainer: the student speaks the sense dictionary {digest}, the teacher {teacher.name} that of digest "
+            f"{teacher.fingerprint.get('dictionary')}, expected the same. Senses would be numbered otherwise, and noise be "
+            "learned. Call student.attach(dictionary, name) with the SenseTeacher's dictionary."
         )
     if _in_its_space(loss, inherited) and teacher.dim != student.dim:
         raise ValueError(

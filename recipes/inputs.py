@@ -27,7 +27,7 @@ def begin(name: str, paper: str, arguments: type, argv: list[str] | None) -> tup
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
     recipe, args = parse_arguments(arguments, DistillationTrainingArguments, argv=argv, **demo_defaults(name))
-    claim_output_dir(args.output_dir, {"recipe": name, "settings": recipe.identity()})
+    claim_output_dir(args.output_dir, {"recipe": name, "settings": recipe.identity(), "training": args.identity()})
     fill_in(recipe)
     set_seed(args.seed)  # a projection that starts at random is made before the trainer
     return recipe, args, RunReport(name, paper)
@@ -45,6 +45,11 @@ def training_texts(recipe: Any, args: Any, seen: list[str]) -> TrainingTexts:
         (gcide_texts() if name == EMBEDDED else load_texts(name, recipe.texts_subset), own)
         for name, own in map(split_source, recipe.texts)
     ]
+    if len(parts) > 1 and args.text_columns:
+        raise ValueError(
+            f"--text_columns is {args.text_columns}, beside {len(parts)} --texts, expected the columns with each: "
+            f"{recipe.texts[0]}:a,b. Which of the texts have them would be a guess."
+        )
     dataset, columns = (join_texts(parts), None) if len(parts) > 1 else parts[0]
     texts = TrainingTexts.split(
         dataset, columns or args.text_columns, recipe.held_out, recipe.max_texts, recipe.split_seed, leaks_from=seen

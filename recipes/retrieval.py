@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, Value, concatenate_datasets
 from demo import EMBEDDED, gcide_collection
 from inputs import open_teacher
 from safetensors.torch import load_file
@@ -101,7 +101,9 @@ def document_encoder(recipe: Any, towers: TwoTowerTeacher) -> dict[str, Any]:
     """Return what a student says of the encoder of its documents; of a prompt None where it is not known."""
     live = towers.documents.live
     prompt = live.prompt if isinstance(live, EncoderTeacher) else recipe.document_prompt
-    return {"name": towers.queries.name, "revision": towers.queries.revision, "prompt": prompt}
+    asked = {"pooling": recipe.teacher_pooling, "max_length": recipe.teacher_max_length}
+    told = {key: value for key, value in asked.items() if value is not None}
+    return {"name": towers.queries.name, "revision": towers.queries.revision, "prompt": prompt, **told}
 
 
 def prompts_of(teacher: Teacher, side: str) -> list[str]:
@@ -175,11 +177,11 @@ def require_match(queries: torch.Tensor, vectors: torch.Tensor, answers: list[li
 
 def more_queries(recipe: Any, documents: list[str], seed: int) -> Dataset | None:
     """Return rows of a made query and its document, as `--spans` and `--generator` ask; None for none."""
-    folder = Path(recipe.cache_dir) / "queries"
+    makers: list[Any] = [SpanQueries(recipe.spans)] if recipe.spans else []
     if recipe.generator:
-        generator = QueryGenerator(recipe.generator, recipe.generator_prompt, recipe.generated)
-        return generate_queries(documents, generator, folder, seed)
-    return generate_queries(documents, SpanQueries(recipe.spans), folder, seed) if recipe.spans else None
+        makers.append(QueryGenerator(recipe.generator, recipe.generator_prompt, recipe.generated))
+    made = [generate_queries(documents, maker, Path(recipe.cache_dir) / "queries", seed) for maker in makers]
+    return concatenate_datasets(made) if made else None
 
 
 def rows(recipe: Any, collections: Collections, towers: TwoTowerTeacher, seed: int) -> tuple[Dataset, dict[str, Any]]:

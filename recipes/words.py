@@ -48,7 +48,7 @@ class EndTasks:
 
     def __init__(self, recipe: Any, report: RunReport) -> None:
         folder, split, full = recipe.classification, recipe.split, recipe.all_labels
-        names = sorted({path.name.split("-")[0] for path in Path(folder).glob("*-train.*")}) if folder else []
+        names = sorted({path.name.rpartition("-train.")[0] for path in Path(folder).glob("*-train.*")}) if folder else []
         if folder and not names:
             raise FileNotFoundError(f"multi_sense: no file *-train.* in {folder}, expected <name>-train and <name>-{split}.")
         both = [(name, other) for name in names for other in ("dev", "test")]
@@ -135,8 +135,8 @@ def open_token_teacher(recipe: Any, student: MultiSenseStudent) -> TokenTeacher:
         if wrong:
             raise ValueError(
                 f"multi_sense: the dictionary {recipe.senses} was made with {wrong}, the flags say "
-                f"{ {key: asked[key] for key in wrong} }, expected the same. Its senses are of other states. Leave these flags "
-                "out, or leave --senses out to make another."
+                f"{ {key: asked[key] for key in wrong} }, expected the same. Its senses are of other states. Say the "
+                "same, or leave --senses out to make another."
             )
     options |= {key: value for key, value in asked.items() if value is not None}
     teacher = TokenTeacher(recipe.teacher[0], recipe.teacher_revision, **options)

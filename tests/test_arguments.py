@@ -163,9 +163,9 @@ def test_without_argv_the_command_line_is_read(monkeypatch):
 
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
 def test_values_come_from_the_file(form, yaml_file):
-    path = yaml_file("texts: x.tsv\nlayers: [0, 3]\ndims: []\nheld_out: 9\nmax_length: null\ndropout: 0.25\n")
+    path = yaml_file("texts: x.tsv\nlayers: 3\ndims: []\nheld_out: 9\nmax_length: null\ndropout: 0.25\n")
     (recipe,) = parse_arguments(TextArguments, argv=form.format(path).split())
-    expected = TextArguments(texts="x.tsv", layers=[0, 3], dims=[], held_out=9, dropout=0.25)
+    expected = TextArguments(texts=["x.tsv"], layers=[3], dims=[], held_out=9, dropout=0.25)
     assert recipe == expected
 
 

@@ -106,7 +106,7 @@ def test_train_launches_a_recipe_with_its_flags_and_ends_as_it_does(files, monke
     assert call("train", "own.py", "no").exit_code == 1
     done = call("train", "hpb")
     assert done.exit_code == 1
-    assert "train: hpb is neither a file nor one of demo, embed_distill, hpd," in done.output.replace("\n", " ")
+    assert "train: hpb is neither a file nor one of embed_distill, hpd, lealla, multi_sense." in done.output.replace("\n", " ")
 
 
 def test_evaluate_searches_a_collection(files, teacher_folder, collection):

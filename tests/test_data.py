@@ -297,7 +297,7 @@ def test_joined_texts_are_distinct_and_in_order():
     two = Dataset.from_dict({"x": ["b", "c"], "y": ["d", "a"], "z": ["e", "f"]})
     joined = join_texts([(one, None), (two, ["y", "x"])])
     assert joined.to_dict() == {"text": ["a", "b", "d", "c"]}
-    with pytest.raises(ValueError, match="text column 'w' is not in the data set"):
+    with pytest.raises(ValueError, match="column 'w' is not in the data set"):
         join_texts([(one, None), (two, ["w"])])
     with pytest.raises(ValueError, match="'text' has 1 empty or missing texts, in rows 1"):
         join_texts([(Dataset.from_dict({"text": ["a", " "]}), None)])

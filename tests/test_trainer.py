@@ -456,7 +456,7 @@ def test_compiled_and_bf16_training(make):
 
 
 def test_misspelt_column(make, dataset):
-    with pytest.raises(ValueError, match=r"text column 'txet' is not in the data set, expected one of \['text'\]. Did you"):
+    with pytest.raises(ValueError, match=r"column 'txet' is not in the data set, expected one of \['text'\]. Did you"):
         make(text_columns=["txet"])
 
 

@@ -44,7 +44,7 @@ class SenseLoss(DistillationLoss):
 
     def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the part, against the teacher's choices (a cached teacher's "targets") or its scores."""
-        return self(outputs[self.output], _taught(batch, "sense_scores" if self.soft else "senses", cached=not self.soft))
+        return self(outputs[self.output], _taught(self, batch, "sense_scores" if self.soft else "senses", not self.soft))
 
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"sense": scalar >= 0, "sense_accuracy": share of tokens with the teacher's sense, in [0, 1]}.
@@ -64,7 +64,7 @@ class SenseLoss(DistillationLoss):
         ours = student[:, :, : chosen.shape[2]][known] / self.temperature  # [M, K]
         chosen = chosen[known]
         fits = ours.detach().gather(1, chosen[:, None].clamp(max=student.shape[-1] - 1))
-        if ours.numel() and not (torch.isfinite(fits).all() and chosen.max() < student.shape[-1]):
+        if ours.numel() and ((fits == -torch.inf).any() or chosen.max() >= student.shape[-1]):
             raise ValueError(
                 "SenseLoss: the teacher has a sense for a token that the student has no score for, expected the same tokens "
                 "at the same places. It would learn the senses of other words. Use one tokenizer, dictionary and max_length."
@@ -98,7 +98,13 @@ class StateLoss(DistillationLoss):
 
     def of(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the part, against the teacher's states (a `TokenTeacher`'s "targets")."""
-        return self(outputs[self.output], _taught(batch, "states"))
+        states = _taught(self, batch, "states")
+        if states.dim() != 4:
+            raise ValueError(
+                f"StateLoss: the teacher gives {tuple(states.shape)}, expected states, [B, C, T, D]. Cached senses hold none. "
+                'Give the trainer a TokenTeacher, or a live SenseTeacher(..., beside=["states"]).'
+            )
+        return self(outputs[self.output], states)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"state": scalar >= 0}.
@@ -115,12 +121,12 @@ class StateLoss(DistillationLoss):
         return {"state": (student - teacher)[real].square().mean()}
 
 
-def _taught(batch: Mapping[str, Tensor], name: str, cached: bool = True) -> Tensor:
+def _taught(loss: DistillationLoss, batch: Mapping[str, Tensor], name: str, cached: bool = True) -> Tensor:
     """Return what a teacher gives under a name, or as its only targets."""
     if name not in batch and not (cached and "targets" in batch):
         raise ValueError(
-            f"SenseLoss: the batch has {sorted(batch)}, expected {name!r}. Nothing would be learned of it. Give the trainer a "
-            f"live SenseTeacher(..., beside=[{name!r}])."
+            f"{type(loss).__name__}: the batch has {sorted(batch)}, expected {name!r}. Nothing would be learned of it. Give "
+            f"the trainer a live SenseTeacher(..., beside=[{name!r}])."
         )
     return batch[name] if name in batch else batch["targets"]
 
