@@ -53,6 +53,9 @@ class Teacher(ABC):
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None) -> Tensor:
         """Return targets [N, dim], float32 on the CPU, for N texts."""
 
+    def add(self, *columns: Iterable[str]) -> Any:  # noqa: B027 (a live teacher keeps nothing)
+        """Keep the targets of texts that are not kept yet, where any are (`TeacherCache.add`)."""
+
     def require(self, texts: Iterable[str]) -> None:  # noqa: B027 (most teachers have nothing to check)
         """Raise before long work if there can be no target for one of the texts; a live teacher has all of them."""
 
@@ -101,6 +104,10 @@ class ProjectedTeacher(Teacher):
     def encode(self, texts: list[str], batch_size: int = 64, show_progress_bar: bool | None = None, **options: Any) -> Tensor:
         """Return projected targets [N, dim]; options are the teacher's own."""
         return self.projection(self.teacher.encode(texts, batch_size, show_progress_bar, **options))
+
+    def add(self, *columns: Iterable[str]) -> Any:
+        """Let the teacher behind keep what it keeps."""
+        return self.teacher.add(*columns)
 
     def require(self, texts: Iterable[str]) -> None:
         """Raise if the teacher behind lacks a text."""
@@ -281,10 +288,9 @@ class JointTeacher(Teacher):
         return torch.cat([weight**0.5 * part for weight, part in zip(self.weights, parts, strict=True)], dim=-1)
 
     def add(self, *columns: Iterable[str]) -> None:
-        """Encode the texts that cached teachers do not have yet (`TeacherCache.add`); others keep none."""
+        """Let each teacher keep what it keeps."""
         for teacher in self.teachers:
-            if hasattr(teacher, "add"):
-                teacher.add(*columns)
+            teacher.add(*columns)
 
     def require(self, texts: Iterable[str]) -> None:
         """Raise if one of the teachers lacks a text that another has.

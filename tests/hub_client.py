@@ -44,6 +44,15 @@ def open_ours(repo, texts, revision=None, projected=False):
     return {**facts, "projection": PCAProjection.from_pretrained(repo).dim if projected else None}
 
 
+def inspect(repo):
+    from typer.testing import CliRunner
+
+    from hf_distill.cli import app
+
+    done = CliRunner().invoke(app, ["inspect", repo, "--check"], env={"COLUMNS": "200"})
+    return {"exit_code": done.exit_code, "output": done.output}
+
+
 def open_pieces(vectors, projection, texts):
     from hf_distill import PCAProjection, TeacherCache
 

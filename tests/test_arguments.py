@@ -247,3 +247,19 @@ def test_flags_are_those_of_the_host(tmp_path):
     (args,) = parse_arguments(DistillationTrainingArguments, argv=argv)
     (expected,) = HfArgumentParser(DistillationTrainingArguments).parse_args_into_dataclasses(argv)
     assert args.to_dict() == expected.to_dict()
+
+
+def test_what_a_step_depends_on_is_told_and_how_many_there_are_is_not(tmp_path):
+    plain = DistillationTrainingArguments(str(tmp_path)).identity()
+    assert (plain["seed"], plain["learning_rate"], plain["rows_a_step"]) == (42, 3e-4, 64)
+    same = {"max_steps": 9, "num_train_epochs": 7, "logging_steps": 3, "mini_batch_size": 8, "save_steps": 5}
+    same |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
+    assert DistillationTrainingArguments(str(tmp_path), **same).identity() == plain
+    for name, value in {"data_seed": 1, "lr_scheduler_type": "cosine", "warmup_steps": 9, "optim": "sgd", "bf16": True}.items():
+        assert DistillationTrainingArguments(str(tmp_path), **{name: value}).identity() != plain
+
+
+@pytest.mark.parametrize("given", [{"from_scratch": [128, 8]}, {"back_translation": ["there"]}])
+def test_lists_of_another_length_are_refused_before_the_work(given):
+    with pytest.raises(ValueError, match=rf"{next(iter(given))} is \[.*\], expected (hidden size, layers|there, back)"):
+        TextArguments(**given)

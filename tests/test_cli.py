@@ -106,14 +106,15 @@ def test_train_launches_a_recipe_with_its_flags_and_ends_as_it_does(files, monke
     assert call("train", "own.py", "no").exit_code == 1
     done = call("train", "hpb")
     assert done.exit_code == 1
+    assert call("train", "inputs").exit_code == 1  # what recipes share
     assert "train: hpb is neither a file nor one of embed_distill, hpd, lealla, multi_sense." in done.output.replace("\n", " ")
 
 
 def test_evaluate_searches_a_collection(files, teacher_folder, collection):
-    options = ["--retrieval", collection[0], "--split", "train", "--output", files / "scores.json"]
+    options = ["--retrieval", collection[0], "--split", "train", "--output", files / "new" / "scores.json"]
     done = call("evaluate", teacher_folder, *options)
     assert done.exit_code == 0, done.output
-    scores = json.loads((files / "scores.json").read_text())["scores"]
+    scores = json.loads((files / "new" / "scores.json").read_text())["scores"]
     data = RetrievalData.load(collection[0], "train")
     assert len(data.queries) == 100
     assert scores == pytest.approx(RetrievalEvaluator(data)(EncoderTeacher(teacher_folder).encode), rel=1e-4)
@@ -160,6 +161,10 @@ def test_push_publishes_a_folder_with_its_card(files, student, hub):
         (["card", "."], "holds no student"),
         (["push", ".", "a/b/c"], "'a/b/c' is no name of a repository"),
         (["compare", "one", "two", "--output", "out"], "nothing to compare"),
+        (["evaluate", "nobody/nothing", "--sts", "x", "--teacher", "y"], "one of these two alone scores nothing"),
+        (["evaluate", "nobody/nothing", "--sts", "x", "--output", "a.txt"], "a.txt, expected a name that ends in .json"),
+        (["cache", "nobody/nothing", "one.txt:b", "--folder", "c"], "one of ['text']"),
+        (["evaluate", "[/nobody]", "--sts", "x"], "[/nobody] is neither a folder here"),
         (["train", "hpd", "--config", "nowhere"], "nowhere is neither a file nor one of embed_distill_msmarco, "),
         (["cache", "nobody/nothing", "nowhere.txt", "--folder", "c"], "nowhere.txt is neither a file"),
     ],

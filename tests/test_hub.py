@@ -12,9 +12,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, utils
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import hf_distill
 from hf_distill import PCAProjection, StudentModel
+from hf_distill.cli import app
 from hf_distill.hub import publish
 from hf_distill.layout import check_layout
 from hf_distill.multi_sense import MultiSenseStudent
@@ -389,8 +391,50 @@ def test_a_student_that_speaks_senses_finds_its_dictionary_beside_it(hub, backbo
     assert any("speaker-senses" in one.path for one in hub.sent("", before))
     assert found["class"] == "MultiSenseStudent"
     assert np.allclose(found["vectors"], student.eval().encode(texts[:4]), atol=1e-5)
-    student.dictionary = None
-    assert not np.allclose(found["vectors"], student.encode(texts[:4]), atol=1e-2)
+    plain = student.encode(texts[:4], replace=False)
+    assert not np.allclose(found["vectors"], plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["line", "hand"])
+def test_a_push_takes_the_dictionary_beside_the_student_along_and_an_earlier_one_stays(
+    way, hub, backbone_folder, texts, tmp_path, monkeypatch
+):
+    teacher, wanted, commits = TokenTeacher(backbone_folder, dtype="float32"), [], []
+    for number in (3, 2):  # the second in place of the first
+        dictionary = build_senses(teacher, texts, tmp_path / "states", k=number, cap=20)
+        dictionary.save_pretrained(tmp_path / "out-senses")
+        student = MultiSenseStudent.from_backbone(backbone_folder, layers=[0, 2], dropout=0.0)
+        student.attach(dictionary, "../out-senses")
+        student.save_pretrained(tmp_path / "out")
+        wanted.append(student.eval().encode(texts[:4]))
+        if way == "line":
+            monkeypatch.chdir(tmp_path / "out")
+            done = CliRunner().invoke(app, ["push", ".", "alice/speaker", "--private"])
+            assert done.exit_code == 0, done.output
+        else:
+            MultiSenseStudent.from_pretrained(tmp_path / "out").push_to_hub("alice/speaker", private=True)
+        assert hub.store.repos["models", "alice/out-senses"].private
+        commits.append(hub.tip("alice/speaker"))
+        assert hub.files("alice/out-senses", revision=dictionary.digest)["senses.safetensors"]
+    assert not np.allclose(wanted[0], wanted[1], atol=1e-3)
+    for vectors, revision in zip(wanted, commits, strict=True):
+        found = client(hub, tmp_path / "home", "open_transformers", repo="alice/speaker", texts=texts[:4], revision=revision)
+        assert found["class"] == "MultiSenseStudent"
+        assert np.allclose(found["vectors"], vectors, atol=1e-5)
+    looked = client(hub, tmp_path / "home", "inspect", repo="alice/speaker")  # the Hub's cache is a folder, too
+    assert looked["exit_code"] == 0, looked["output"]
+    assert "AutoModel(trust_remote_code=True)" in looked["output"]
+
+
+def test_a_dictionary_elsewhere_on_this_machine_is_not_named_to_others(hub, backbone_folder, texts, tmp_path):
+    dictionary = build_senses(TokenTeacher(backbone_folder, dtype="float32"), texts, tmp_path / "states", k=3, cap=20)
+    student = MultiSenseStudent.from_backbone(backbone_folder, layers=[0, 2])
+    for place in (str(tmp_path / "senses"), "../../senses", "./senses"):
+        student.attach(dictionary, place)
+        before = len(hub.log)
+        with pytest.raises(ValueError, match=r"sense dictionary is .*senses, expected one beside it \(\.\./name\)"):
+            student.push_to_hub("alice/speaker")
+        assert len(hub.log) == before
 
 
 @pytest.mark.parametrize("scenario", ["open_ours", "open_transformers", "open_sentence_transformers"])

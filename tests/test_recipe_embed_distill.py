@@ -249,6 +249,39 @@ def test_queries_stand_beside_their_answers_and_made_ones_beside_their_documents
         assert len({row["positive"], row["negative_1"], row["negative_2"]}) == 3
 
 
+def test_sentences_and_queries_of_a_model_are_both_made(collection, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    retrieval, arguments = importlib.import_module("retrieval"), importlib.import_module("embed_distill").EmbedDistillArguments
+
+    class Writer:
+        facts = {"writer": 1}
+
+        def __init__(self, *told):
+            assert told == ("a/model", "{document}", 1)
+
+        def __call__(self, documents, seed):
+            return [[f"what is {document}"] for document in documents]
+
+    monkeypatch.setattr(retrieval, "QueryGenerator", Writer)
+    options = {"cache_dir": str(tmp_path), "teacher": [teacher_folder]}
+    made = [
+        retrieval.more_queries(arguments(**given, **options), collection[1], 1)
+        for given in ({"spans": 1}, {"generator": "a/model"}, {"spans": 1, "generator": "a/model"}, {})
+    ]
+    assert made[3] is None
+    assert min(len(made[0]), len(made[1])) > 100
+    assert made[2][:] == {column: [*made[0][column], *made[1][column]] for column in ("query", "document")}
+
+
+def test_documents_are_encoded_as_the_index_was(run, backbone_folder, tmp_path):
+    run("--teacher", str(backbone_folder), "--teacher_pooling", "cls", "--teacher_max_length", "4", "--num_train_epochs", "1",
+        "--teacher_name", str(backbone_folder))  # fmt: skip
+    texts = ["a red cat sat on the mat", "the sea is blue"]
+    wanted = EncoderTeacher(backbone_folder, pooling="cls", max_length=4, dtype="float32").encode(texts)
+    found = _open(str(tmp_path / "out"), dtype="float32").encode(texts, prompt_name="document")
+    assert torch.cosine_similarity(found, wanted).min() > 0.9999
+
+
 def test_a_sample_of_the_documents_keeps_all_answers(run):
     results = run("--max_documents", "60", "--max_queries", "20", "--num_train_epochs", "1")
     assert (results["data"]["documents"], results["data"]["held_out"]) == (60, 4)

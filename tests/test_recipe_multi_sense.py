@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,3 +230,14 @@ def test_wrong_input_is_refused_before_the_work(run, folder):
     with pytest.raises(ValueError, match="states have 8 dimensions, the senses 16"):
         run("--backbone", narrow, output="e")
     assert not (folder / "caches").exists()
+
+
+def test_a_set_of_labelled_texts_may_have_any_name(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    for split in ("train", "test"):
+        shutil.copy(folder / "classes" / f"made-{split}.tsv", folder / "classes" / f"sst-2-{split}.tsv")
+    recipe = SimpleNamespace(
+        classification=folder / "classes", split="test", all_labels=False, wic=None, sts=None, sts_dev=None
+    )
+    tasks = importlib.import_module("words").EndTasks(recipe, SimpleNamespace(evaluators=[]))
+    assert tasks.ends == ["made_few", "sst-2_few"]

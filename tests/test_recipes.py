@@ -187,6 +187,8 @@ def test_texts_of_several_places_are_taken_once(inputs, tmp_path, monkeypatch):
     pairs = [{"a": a, "b": b, "note": "red", "label": 1} for a, b in zip([*rows[:10], *more[:10]], more[10:], strict=True)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     mine = ["--texts", str(first), f"{tmp_path / 'pairs.jsonl'}:a,b", "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"--text_columns is \['a'\], beside 2 --texts, expected the columns with each"):
+        run([*flags, *mine, "--text_columns", "a"], tmp_path / "other", monkeypatch)
     results = run([*flags, *mine], tmp_path / "out", monkeypatch)
     assert results["data"]["name"] == "texts.jsonl + pairs.jsonl"
     assert results["data"]["rows"] + results["data"]["held_out"] == len({*rows, *more}) == 330
@@ -201,6 +203,8 @@ def test_same_command_again_goes_on_and_another_is_refused(inputs, tmp_path, mon
     assert again["rows"] == first["rows"]
     with pytest.raises(ValueError, match=r"holds another run \(settings.dim: 8 there, 6 now\)"):
         run([*flags, "--dim", "6"], tmp_path / "out", monkeypatch)
+    with pytest.raises(ValueError, match=r"holds another run \(training.seed: 42 there, 7 now\)"):
+        run([*flags, "--seed", "7"], tmp_path / "out", monkeypatch)
 
 
 def test_leaks_are_reported_and_left_out(inputs, tmp_path, monkeypatch, caplog):

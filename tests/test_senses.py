@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments, StudentModel, TeacherCache
+from hf_distill.cli import _open
 from hf_distill.layout import check_layout
 from hf_distill.losses import SenseLoss, StateLoss, WeightedLoss
 from hf_distill.multi_sense import MultiSenseStudent, _find
@@ -241,8 +242,18 @@ def test_more_senses_than_states_are_refused_or_warned_of(teacher, texts, tmp_pa
         build_senses(teacher, texts, tmp_path, k=41, cap=40)
     build_senses(teacher, texts, tmp_path, k=4, cap=40)
     assert "states have in common" not in caplog.text
+    build_senses(teacher, texts, tmp_path, k=40, cap=40)  # whether a token occurs more often is not known
+    assert "states have in common" not in caplog.text
     build_senses(teacher, texts[:3], tmp_path, k=4, cap=40)
     assert "of the tokens occur no more than 4 times" in caplog.text
+
+
+def test_texts_count_once_and_a_bad_one_is_named_by_its_row(teacher, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.sense_builder._NUMBERS", 50 * teacher.dim)
+    twice = [*texts[:30], *texts[:30], *texts[:120]]  # in a block, and in several
+    assert build_senses(teacher, twice, tmp_path, k=2).facts["texts"] == len(set(texts[:120]))
+    with pytest.raises(ValueError, match="row 87 is ' '"):
+        build_senses(teacher, [*twice[:87], " "], tmp_path / "other", k=2)
 
 
 def test_the_gradient_keeps_no_candidates_and_is_the_same_in_parts(teacher, dictionary, monkeypatch):
@@ -263,6 +274,30 @@ def test_the_gradient_keeps_no_candidates_and_is_the_same_in_parts(teacher, dict
 
 
 # Teachers of tokens
+
+
+def test_a_model_that_reads_from_left_to_right_whatever_is_asked_is_refused(tmp_path):
+    config = AutoConfig.for_model(
+        "gpt_neo", vocab_size=28, hidden_size=16, num_layers=1, attention_types=[[["global"], 1]], num_heads=2,
+        intermediate_size=32, max_position_embeddings=40,
+    )  # fmt: skip
+    source = write_random(tmp_path / "model", AutoModel, config, seed=4)
+    assert TokenTeacher(source, dtype="float32").dim == 16
+    with pytest.raises(ValueError, match=r"\(GPTNeoModel\) reads from left to right although bidirectional is True"):
+        TokenTeacher(source, dtype="float32", bidirectional=True)
+
+
+def test_a_model_without_a_longest_input_is_asked_for_one(tmp_path):
+    config = AutoConfig.for_model("bloom", vocab_size=28, hidden_size=16, n_layer=1, n_head=2)
+    source = write_random(tmp_path / "model", AutoModel, config, seed=4)
+    told = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(told.read_text())
+    told.write_text(json.dumps({key: value for key, value in settings.items() if key != "model_max_length"}))
+    for make in (TokenTeacher, MultiSenseStudent.from_backbone):
+        with pytest.raises(ValueError, match="neither BloomModel nor its tokenizer has a longest input"):
+            make(str(source))
+    assert TokenTeacher(source, max_length=9).max_length == 9
+    assert MultiSenseStudent.from_backbone(str(source), max_length=9).settings["max_length"] == 9
 
 
 def test_states_are_those_of_the_layer_asked_for(backbone_folder, texts):
@@ -444,6 +479,41 @@ def test_students_that_do_not_fit_the_dictionary_are_refused(dictionary, backbon
         other.attach(dictionary, tmp_path)
 
 
+def test_a_student_of_another_dictionary_than_its_teachers_is_not_trained(train, student, teacher, dictionary):
+    apart = dictionary.without_special_tokens()
+    with pytest.raises(ValueError, match=f"dictionary {dictionary.digest}, the teacher .* that of digest {apart.digest}"):
+        train(SenseTeacher(teacher, apart), SenseLoss())
+    student.attach(apart, "../apart")
+    trainer = train(SenseTeacher(teacher, apart), SenseLoss(), num_train_epochs=1)
+    assert trainer.state.global_step > 0
+    del student.settings["senses"]
+    with pytest.raises(ValueError, match="the student speaks the sense dictionary None"):
+        train(SenseTeacher(teacher, apart), SenseLoss())
+
+
+def test_scores_that_are_not_numbers_are_the_losss_matter_and_not_the_tokenizers():
+    scores, chosen = torch.tensor([[[[1.0, torch.nan, 0.0], [2.0, 1.0, 0.0]]]]), torch.tensor([[[1, 0]]])
+    assert SenseLoss()(scores, chosen)["sense"].isnan()
+    scores[..., 1] = -torch.inf
+    with pytest.raises(ValueError, match="a sense for a token that the student has no score for"):
+        SenseLoss()(scores, chosen)
+
+
+def test_states_are_not_learned_from_senses(train, teacher, dictionary, tmp_path):
+    cache = TeacherCache(SenseTeacher(teacher, dictionary), tmp_path / "cache")
+    cache.add(make_texts(200))
+    with pytest.raises(ValueError, match=r"^StateLoss: the teacher gives \(16, 1, 40\), expected states"):
+        train(cache, StateLoss())
+
+
+def test_vectors_in_place_of_tokens_have_no_senses(student):
+    vectors = torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match="input_ids is None, expected the tokens"):
+        student.eval()(inputs_embeds=vectors)
+    student.replace = False
+    assert student(inputs_embeds=vectors).states.shape == (1, 3, 16)
+
+
 def test_another_dictionary_in_its_place_is_refused(student, teacher, dictionary, texts, tmp_path):
     student.save_pretrained(tmp_path / "student")
     build_senses(teacher, texts, tmp_path / "states", k=2).save_pretrained(tmp_path / "dictionary")
@@ -459,6 +529,13 @@ def test_a_name_is_found_beside_the_student_in_folders_and_on_the_hub(tmp_path):
     assert _find(str(tmp_path / "out" / "checkpoint-3"), "../senses") == str(beside)
     assert _find("someone/student", "../senses") == "someone/senses"
     assert _find("someone/student", "other/senses") == _find(tmp_path / "out", "other/senses") == "other/senses"
+    for repository, found in (("models--someone--student", "someone/senses"), ("models--student", "senses")):
+        fetched = tmp_path / repository / "snapshots" / "c0ffee"
+        fetched.mkdir(parents=True)
+        assert _find(fetched, "../senses") == found
+    (tmp_path / "copy" / "out").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"is not at .*copy/out/\.\./senses, expected it there"):
+        _find(tmp_path / "copy" / "out", "../senses")
 
 
 def test_places_count_from_the_first_token_whatever_the_tokenizer_pads(backbone_folder, dictionary, tmp_path):
@@ -481,3 +558,11 @@ def test_progress_is_said(teacher, texts, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hf_distill"):
         build_senses(teacher, texts, tmp_path, k=2)
     assert "200 texts" in caplog.text
+
+
+def test_the_terminal_puts_a_students_prompts_before_its_texts(student, tmp_path):
+    student.settings["prompts"]["query"] = "the red "
+    student.save_pretrained(tmp_path / "student")
+    opened, wanted = _open(str(tmp_path / "student")), student.encode(["cat"], "query")
+    assert np.allclose(opened.encode(["cat"], prompt_name="query"), wanted, atol=1e-5)
+    assert np.abs(opened.encode(["cat"], prompt_name="document") - wanted).max() > 1e-3

@@ -212,6 +212,11 @@ def test_unknown_name_is_refused_with_the_remedy(name):
         EncoderTeacher(name)
 
 
+def test_a_data_set_that_is_not_there_is_fetched_as_one():
+    with pytest.raises(OSError, match="`hf download nobody/nothing --repo-type dataset`"):
+        fetch("nobody/nothing", kind="dataset")
+
+
 def test_fetch_returns_a_folder_as_it_is(tmp_path):
     assert fetch(tmp_path) == tmp_path
 
@@ -267,6 +272,18 @@ def test_joined_spaces_have_the_mean_of_the_cosines():
     assert a.tolist() == pytest.approx([0.5, 0, 0.75**0.5, 0, 0])
     assert [len(block) for block in joint.blocks(["a", "b", "a"])] == [3]
     assert JointTeacher([one, two]).fingerprint != joint.fingerprint
+
+
+def test_joint_teachers_need_not_all_be_cached_and_have_a_common_precision(teacher, teacher_folder, texts, tmp_path):
+    other = EncoderTeacher(teacher_folder, dtype="float32", prompt="a ")
+    joint = JointTeacher([TeacherCache(teacher, tmp_path, dtype="float32"), other])
+    joint.add(texts[:3])
+    assert len(joint.teachers[0]) == 3
+    joint.project(PCAProjection.fit(joint.blocks(texts[:3]), 2)).add(texts[:5])
+    assert len(joint.teachers[0]) == 5
+    assert joint.live.fingerprint["dtype"] == "float32"
+    other.dtype, other._fingerprint = torch.bfloat16, None
+    assert "dtype" not in joint.live.fingerprint
 
 
 def test_mean_of_spaces():

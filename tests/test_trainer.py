@@ -498,6 +498,12 @@ def test_resume_of_another_run(make, teacher, cache):
     make(max_steps=2, save_strategy="epoch").train()
     with pytest.raises(ValueError, match=r"holds another run \(loss.normalize: False there, True now\)"):
         make(max_steps=4, loss=HPDLoss(normalize=True)).train(resume_from_checkpoint=True)
+    for name, value in (("seed", 7), ("learning_rate", 1e-5), ("per_device_train_batch_size", 4), ("weight_decay", 0.5)):
+        with pytest.raises(ValueError, match=rf"holds another run \(training.{'rows_a_step' if 'batch' in name else name}: "):
+            make(max_steps=2, **{name: value}).train(resume_from_checkpoint=True)
+    longer = make(max_steps=4)
+    longer.train(resume_from_checkpoint=True)
+    assert (longer.resumed_at, longer.state.global_step) == (2, 4)
 
 
 def test_claimed_folder(tmp_path, student):
@@ -511,6 +517,21 @@ def test_claimed_folder(tmp_path, student):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="can't be written"):
         claim_output_dir(tmp_path / "file" / "c", {})
+
+
+def test_what_a_folder_says_of_its_run_is_whole_whenever_it_is_read(tmp_path, monkeypatch):
+    claim_output_dir(tmp_path, {"settings": {"dim": 8}})
+    known, synced = (tmp_path / "distillation.json").read_text(), []
+
+    def full(file):  # a disk, or a launch that is killed, before the new file is there
+        synced.append((tmp_path / "distillation.json").read_text())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_distill.shards.os.fsync", full)
+    with pytest.raises(OSError, match="can't be written .*No space left on device.*another --output_dir"):
+        claim_output_dir(tmp_path, {"settings": {"dim": 8}})
+    assert synced == [known] == [(tmp_path / "distillation.json").read_text()]
+    assert [path.name for path in tmp_path.iterdir()] == ["distillation.json"]
 
 
 class NaNAfter(Teacher):
@@ -660,6 +681,7 @@ def test_hyperparameter_search(make, backbone_folder, tmp_path):
         backend="optuna",
     )
     assert best.hyperparameters["learning_rate"] in (1e-4, 1e-2)
+    assert trainer.run_facts["training"]["learning_rate"] == trainer.args.learning_rate != 3e-4  # the last trial's
     assert [trial is None for trial in made[:2]] == [True, True]  # ours and the host's, before the search
     assert len([trial for trial in made if trial is not None]) == 3
 
