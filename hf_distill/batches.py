@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from .cross_encoder import pair
+from .data import is_text, refuse_rows
 from .teachers import Teacher
 
 
@@ -159,14 +160,19 @@ class TextStream(IterableDataset):
             rows = None
             for rows in self._pools(number):
                 yield from rows
+            if rows is None and (worker := get_worker_info()) and worker.id:
+                return  # the stream has fewer files than the loader has workers
             if rows is None:
                 raise ValueError("DistillationTrainer: the stream has no rows, expected texts to learn from.")
 
     def _pools(self, number: int) -> Iterator[list[dict[str, str]]]:
         """Yield the rows of one pass, ordered, some at a time."""
         stream, size = iter(self.dataset), self.block_size or 1
-        generator = torch.Generator().manual_seed(self.seed + number)
+        generator, first = torch.Generator().manual_seed(self.seed + number), 0
         while pool := list(islice(stream, size * self.pool if self.block_size else 1)):
+            for column in self.columns:
+                refuse_rows(column, [first + i for i, row in enumerate(pool) if not is_text(row[column])])
+            first += len(pool)
             pool.sort(key=lambda row: max(len(row[column]) for column in self.columns))
             blocks = [pool[start : start + size] for start in range(0, len(pool), size)]
             short = [blocks.pop()] if len(blocks[-1]) < size else []

@@ -148,7 +148,12 @@ class TeacherCache(Teacher):
         cache._live = None
         settings = {"teacher": name, "dim": int(vectors.shape[1]), "dtype": dtype, "fingerprint": {"source": name}}
         cache._attach(Path(folder), {**settings, "shard_size": shard_size, "batch_size": None})
-        cache._add([texts], lambda _, rows: torch.as_tensor(np.asarray(vectors[rows])))
+
+        def given(_: list[str], rows: Any) -> Tensor:
+            part = vectors[rows]
+            return part.detach().float().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
+
+        cache._add([texts], given)
         return cache
 
     def _attach(self, folder: Path, settings: dict[str, Any] | None) -> None:
@@ -164,7 +169,8 @@ class TeacherCache(Teacher):
         if settings is None:
             return
         have, want = ({"dim": m["dim"], "cache dtype": m["dtype"], **m["fingerprint"]} for m in (self._manifest, settings))
-        changed = [f"{key}: {have.get(key)!r} there, {want[key]!r} now" for key in want if have.get(key) != want[key]]
+        keys = [key for key in {**want, **have} if have.get(key) != want.get(key)]
+        changed = [f"{key}: {have.get(key)!r} there, {want.get(key)!r} now" for key in keys]
         if changed:
             raise ValueError(
                 f"TeacherCache: {folder} holds targets of {self._manifest['teacher']} made otherwise ({'; '.join(changed)}), "

@@ -4,6 +4,7 @@
 import difflib
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -198,21 +199,42 @@ def require_texts(dataset: Dataset, columns: list[str]) -> str:
     for column in columns:
         wrong, row = [], 0
         for batch in dataset.select_columns([column]).iter(1000):
-            wrong += [row + i for i, text in enumerate(batch[column]) if not isinstance(text, str) or not text.strip()]
+            wrong += [row + i for i, text in enumerate(batch[column]) if not is_text(text)]
             row += len(batch[column])
             digest.update("\0".join([*map(str, batch[column]), ""]).encode("utf-8", "surrogatepass"))
-        if wrong:
-            raise ValueError(
-                f"DistillationTrainer: column {column!r} has {len(wrong)} empty or missing texts, in rows "
-                f"{', '.join(map(str, wrong[:10]))}{' …' if len(wrong) > 10 else ''}, expected none. The student would learn "
-                f"what the teacher says of nothing. Drop them: dataset.filter(lambda row: (row[{column!r}] or '').strip())."
-            )
+        refuse_rows(column, wrong)
     return digest.hexdigest()
 
 
+def refuse_rows(column: str, wrong: list[int]) -> None:
+    """Raise if some rows of a column hold no text.
+
+    Raises:
+        ValueError: If so; the rows are named.
+    """
+    if wrong:
+        raise ValueError(
+            f"DistillationTrainer: column {column!r} has {len(wrong)} empty or missing texts, in rows "
+            f"{', '.join(map(str, wrong[:10]))}{' …' if len(wrong) > 10 else ''}, expected none. The student would learn "
+            f"what the teacher says of nothing. Drop them: dataset.filter(lambda row: (row[{column!r}] or '').strip())."
+        )
+
+
+def is_text(value: Any) -> bool:
+    """Return whether it is a string with more than white space."""
+    return isinstance(value, str) and bool(value.strip())
+
+
 def normal_form(text: str) -> str:
-    """Return the text without case, punctuation and white space, unless nothing else is in it: what leaks are found by."""
-    return re.sub(r"[\W_]+", "", text.casefold()) or text.strip()
+    """Return the text without case, punctuation and white space, unless nothing else is in it: what leaks are found by.
+
+    Letters, numbers and marks stay: vowel signs and tones are marks in many scripts.
+    """
+    plain = text.casefold()
+    if plain.isascii():
+        return re.sub(r"[\W_]+", "", plain) or text.strip()
+    plain = unicodedata.normalize("NFC", plain)
+    return "".join(char for char in plain if unicodedata.category(char)[0] in "LMN") or text.strip()
 
 
 def find_leaks(dataset: Dataset, columns: list[str], evaluation_texts: Iterable[str]) -> tuple[list[int], list[str]]:

@@ -104,9 +104,9 @@ class PCAProjection:
         """What results.json says of it."""
         return {"dim": self.dim, "center": self.center, "explained_variance": self.explained_variance}
 
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Return [N, dim] for teacher vectors [N, D]."""
-        vectors = vectors.float()
+    def __call__(self, vectors: Any) -> Tensor:
+        """Return [N, dim] for teacher vectors [N, D], torch or numpy."""
+        vectors = torch.as_tensor(vectors).float()
         return (vectors - self.mean if self.center else vectors) @ self.components.T
 
     def save_pretrained(self, folder: str | Path) -> None:

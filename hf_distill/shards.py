@@ -116,7 +116,7 @@ def is_whole(path: Path, sha256: str | None = None) -> bool:
             file.seek(start)
             found = hashlib.file_digest(file, "sha256").hexdigest()
         return found == header["__metadata__"]["sha256"] == (sha256 or found)
-    except (OSError, ValueError, KeyError, MemoryError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
         return False
 
 

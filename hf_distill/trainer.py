@@ -208,8 +208,13 @@ class DistillationTrainer(Trainer):
         self.resumed_at = 0
         if resume_from_checkpoint:
             found = get_last_checkpoint(str(folder)) if resume_from_checkpoint is True else resume_from_checkpoint
-            require_same_run(Path(found or folder), self.run_facts)
-            state = Path(found or folder) / "trainer_state.json"
+            if found is None:
+                raise ValueError(
+                    f"DistillationTrainer: {folder} holds no checkpoint, expected one to go on from. Leave "
+                    "resume_from_checkpoint out to begin."
+                )
+            require_same_run(Path(found), self.run_facts)
+            state = Path(found) / "trainer_state.json"
             self.resumed_at = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
         elif any(folder.glob("checkpoint-*")):
             raise ValueError(
@@ -314,9 +319,31 @@ class DistillationTrainer(Trainer):
         """Return the host's loader, or nothing to load when there are only evaluators."""
         if self.eval_dataset == [] and not eval_dataset:
             return []
-        if isinstance(eval_dataset, datasets.Dataset) and "input_ids" not in eval_dataset.column_names:
-            eval_dataset = self._prepare(eval_dataset, self.student, self.processing_class, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(self._tokenized(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the host's loader, of texts as `predict` is given them."""
+        return super().get_test_dataloader(self._tokenized(test_dataset))
+
+    def _tokenized(self, dataset: Any) -> Any:
+        if not isinstance(dataset, datasets.Dataset) or "input_ids" in dataset.column_names:
+            return dataset
+        return self._prepare(dataset, self.student, self.processing_class, self.args)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate; see `Trainer.evaluate`. Of several sets each has its loss, and evaluators run once, for all of them."""
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(parts, dict) or not self.evaluators:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        evaluators, self.evaluators = self.evaluators, []
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluators = evaluators
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in score(evaluators, self.student.encode).items()}
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return {**metrics, **scores}
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Run the host's loop, if there is an evaluation set, and each evaluator once, on the main process."""

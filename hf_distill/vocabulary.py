@@ -86,7 +86,9 @@ def prune_vocabulary(
             other.unlink()  # the whole vocabulary in its old form; tokenizer.json is what is read
         pruned = AutoTokenizer.from_pretrained(folder)
     pruned.model_max_length = tokenizer.model_max_length
+    saved = student.num_parameters()
     _keep_rows(student, keep, place)
+    saved -= student.num_parameters()
     student.tokenizer = pruned
     gone = np.searchsorted(np.flatnonzero(~np.isin(used, keep)), ends)  # how many tokens up to the end of each text
     whole, total = int((np.diff(gone) == 0).sum()), len(ends) - 1
@@ -95,7 +97,6 @@ def prune_vocabulary(
     }
     tokens = {language: found.total() for language, found in counts.items()}
     covered = sum(coverage[language] * tokens[language] for language in counts) / max(sum(tokens.values()), 1)
-    saved = (len(tokenizer) - len(keep)) * student.config.hidden_size
     named = {language: share for language, share in coverage.items() if language is not None}
     report = Pruned(len(keep), len(tokenizer), saved, covered, whole / max(total, 1), named)
     student.settings["vocabulary"] = asdict(report)
@@ -281,5 +282,6 @@ def _keep_rows(student: StudentModel, keep: list[int], place: dict[int, int]) ->
     for config in {id(c): c for c in (student.config, student.backbone.config)}.values():
         config.vocab_size = len(keep)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-            if getattr(config, name, None) is not None:
-                setattr(config, name, place.get(getattr(config, name)))
+            old = getattr(config, name, None)
+            if old is not None:  # of several ends of a text, those that are kept
+                setattr(config, name, [place[i] for i in old if i in place] if isinstance(old, list) else place.get(old))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_texts
 
-from hf_distill import EncoderTeacher, TeacherCache
+from hf_distill import EncoderTeacher, PCAProjection, TeacherCache
 from hf_distill.cache import cache_folder
 from hf_distill.shards import KeySet, keys_of, write_whole
 from hf_distill.teachers import Teacher
@@ -217,6 +217,13 @@ def test_another_teacher_never_reuses_old_targets(teacher_folder, tmp_path):
     with pytest.raises(ValueError, match="cache dtype: 'float16' there, 'float32' now"):
         TeacherCache(EncoderTeacher(teacher_folder, dtype="float32"), tmp_path, dtype="float32")
     assert open_with().add(make_texts(5)) == 0
+    centred = EncoderTeacher(teacher_folder, dtype="float32").project(
+        PCAProjection.centering(open_with().encode(make_texts(5)))
+    )
+    assert centred.dim == open_with().dim
+    TeacherCache(centred, tmp_path / "centred").add(make_texts(5))
+    with pytest.raises(ValueError, match="made otherwise .*projection: .* there, None now"):
+        TeacherCache(EncoderTeacher(teacher_folder, dtype="float32"), tmp_path / "centred")
 
 
 def test_each_setting_of_a_teacher_has_its_own_folder(teacher_folder, tmp_path):
@@ -244,7 +251,7 @@ def test_a_flipped_bit_is_found_before_training_and_while_reading(cache, texts):
         fresh.encode(texts[20:21])
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "length"])
 def test_a_damaged_shard_is_encoded_again(harm, teacher, texts, tmp_path):
     folder = tmp_path / "cache"
     first = TeacherCache(teacher, folder, dtype="float32", shard_size=20, batch_size=8)
@@ -255,6 +262,8 @@ def test_a_damaged_shard_is_encoded_again(harm, teacher, texts, tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     if harm == "gone":
         path.unlink()
+    if harm == "length":  # what is said of the header's length is no length
+        path.write_bytes(path.read_bytes()[:7] + b"\x80" + path.read_bytes()[8:])
     again = TeacherCache(teacher, folder, dtype="float32")
     assert again.add(texts) == 20
     assert torch.allclose(again.encode(texts), before, atol=1e-6)
@@ -280,6 +289,9 @@ def test_vectors_from_elsewhere(tmp_path):
     assert (cache.name, cache.dim) == ("api/v1", 5)
     with pytest.raises(ValueError, match="source: 'api/v1' there, 'api/v2' now"):
         TeacherCache.from_embeddings(texts, vectors, tmp_path, "api/v2", dtype="float32")
+    given = torch.from_numpy(vectors).bfloat16().requires_grad_()
+    cache = TeacherCache.from_embeddings(texts, given, tmp_path / "torch", "api/v1", dtype="float32", shard_size=8)
+    assert torch.equal(cache.encode(texts), given.detach().float())
     with pytest.raises(ValueError, match="29 texts but 30 vectors"):
         TeacherCache.from_embeddings(texts[1:], vectors, tmp_path, "api/v1")
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import unicodedata
 
 import pytest
 from conftest import make_texts
@@ -184,6 +185,16 @@ def test_every_column_is_searched_for_leaks_and_a_row_is_named_once():
     assert rows == [0, 2]
     assert texts == ["cat", "Mat.", "Cat"]
     assert find_leaks(dataset, ["b"], ["dog"]) == ([], [])
+
+
+def test_vowel_signs_and_tones_tell_words_apart_and_accents_are_one_however_they_are_written():
+    hindi = ["मैं जाता हूँ।", "मैं जाती हूँ।", "वह जाता है।", "वह जाती है।", "वे जाते हैं।", "वह जाते है।"]
+    assert len(set(map(normal_form, hindi))) == len(hindi)
+    assert find_leaks(Dataset.from_dict({"text": hindi}), ["text"], ["वह जाता है"]) == ([2], ["वह जाता है।"])
+    assert normal_form("มา") != normal_form("ม้า")
+    composed, apart = (unicodedata.normalize(form, "Café!") for form in ("NFC", "NFD"))
+    assert composed != apart
+    assert normal_form(composed) == normal_form(apart) == "café" != normal_form("Cafe!")
 
 
 @pytest.mark.parametrize("text", ["straße", "été", "猫が座る", "кошка 42"])

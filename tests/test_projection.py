@@ -57,6 +57,11 @@ def test_without_centring_full_width_is_a_rotation(vectors):
         )
 
 
+def test_vectors_may_be_numpy(vectors):
+    fitted = PCAProjection.fit(vectors, 3)
+    assert torch.equal(fitted(vectors.numpy()), fitted(vectors))
+
+
 def test_centring_subtracts_the_mean_before_the_projection(vectors):
     plain, centred = PCAProjection.fit(vectors, 3), PCAProjection.fit(vectors, 3, center=True)
     assert torch.allclose(centred(vectors).mean(0), torch.zeros(3), atol=1e-4)

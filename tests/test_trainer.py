@@ -7,6 +7,7 @@ from conftest import make_texts
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_distill import (
@@ -231,6 +232,26 @@ def test_evaluation_set_and_evaluators_together(make, texts):
     assert (metrics["eval_quality"], metrics["eval_width"]) == (1.0, 24)
 
 
+def test_of_several_sets_each_has_its_loss_and_evaluators_run_once_for_all(make, texts):
+    parts = {name: Dataset.from_dict({"text": texts[a : a + 8]}) for name, a in (("first", 0), ("second", 8))}
+    evaluator = falling_scores([1.0, 9.0, 3.0])
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = make(eval_dataset=parts, evaluators=[evaluator], callbacks=[stop], num_train_epochs=9, **KEEP_BEST)
+    trainer.train()
+    assert [line["eval_quality"] for line in trainer.state.log_history if "eval_quality" in line] == [1, 9, 3]
+    assert trainer.state.epoch == 3  # a worse one has ended it
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-24")
+    found = [set(line) & {"eval_first_loss", "eval_second_loss", "eval_first_quality"} for line in trainer.state.log_history]
+    assert [found.count({f"eval_{name}_loss"}) for name in parts] == [3, 3]
+    assert sum(map(len, found)) == 6
+
+
+def test_texts_are_predicted_as_they_are_evaluated(make, texts):
+    given = Dataset.from_dict({"text": texts[:10]})
+    trainer = make()
+    assert trainer.predict(given).metrics["test_loss"] == pytest.approx(trainer.evaluate(given)["eval_loss"], rel=1e-6)
+
+
 def test_evaluation_alone_on_named_and_on_given_sets(make, texts):
     parts = {name: Dataset.from_dict({"text": texts[a : a + 8]}) for name, a in (("first", 0), ("second", 8))}
     trainer = make(train_dataset=None, eval_dataset=parts)
@@ -327,6 +348,26 @@ def test_a_stream_without_rows_is_refused_and_not_waited_for():
     stream = TextStream(stream_of(["a", "b", "c"]).filter(lambda row: False), ["text"], block_size=8, seed=0, endless=True)
     with pytest.raises(ValueError, match="the stream has no rows"):
         next(iter(stream))
+
+
+@pytest.mark.parametrize("bad", [" ", None])
+def test_a_text_that_is_missing_in_a_stream_is_named_by_its_row(bad, texts):
+    rows = [*texts[:50], bad, *texts[50:]]
+    stream = Dataset.from_dict({"text": rows}).to_iterable_dataset()
+    for block in (None, 8):
+        with pytest.raises(ValueError, match=r"column 'text' has 1 empty or missing texts, in rows 50, expected none"):
+            list(TextStream(stream, ["text"], block_size=block, seed=0, endless=False, pool=5))
+
+
+def test_workers_without_a_file_of_the_stream_read_nothing(texts):
+    one = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    stream = TextStream(one, ["text"], block_size=8, seed=0, endless=False)
+    read = [row["text"] for batch in DataLoader(stream, batch_size=4, num_workers=2, collate_fn=list) for row in batch]
+    assert sorted(read) == sorted(texts)
+    assert len(read) > 50
+    none = TextStream(stream_of(texts).filter(lambda row: False), ["text"], block_size=8, seed=0, endless=True)
+    with pytest.raises(ValueError, match="the stream has no rows"):
+        list(DataLoader(none, batch_size=4, num_workers=2, collate_fn=list))
 
 
 def test_a_stream_goes_on_in_epoch_two_where_it_was(make, texts):
@@ -492,6 +533,11 @@ def test_folder_with_an_earlier_run(make):
     make(max_steps=2, save_strategy="epoch").train()
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run.*resume_from_checkpoint=True"):
         make(max_steps=2).train()
+
+
+def test_resume_without_a_checkpoint(make):
+    with pytest.raises(ValueError, match="holds no checkpoint, expected one to go on from"):
+        make(max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_resume_of_another_run(make, teacher, cache):

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModel, BertConfig, BertTokenizer, Gemma3TextConfig, PreTrainedTokenizerFast, XLMRobertaConfig
 
 from hf_distill import StudentModel
+from hf_distill.build import narrow_embeddings
 from hf_distill.layout import check_layout
 from hf_distill.vocabulary import prune_vocabulary, vocabulary_for
 
@@ -77,6 +78,7 @@ def test_a_table_that_scales_and_special_tokens_behind_all_others(tmp_path):
     config = Gemma3TextConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=64, pad_token_id=tokenizer.token_to_id("<pad>"),
+        eos_token_id=[tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<bos>")],
     )  # fmt: skip
     AutoModel.from_config(config).save_pretrained(tmp_path / "gemma")
     student = StudentModel.from_backbone(str(tmp_path / "gemma"), projection_dim=4)
@@ -87,6 +89,7 @@ def test_a_table_that_scales_and_special_tokens_behind_all_others(tmp_path):
     assert 256 < report.kept < report.of
     assert [student.tokenizer.tokenize(text, add_special_tokens=True) for text in texts] == words
     assert (words[0][0], words[0][-1]) == ("<bos>", "<eos>")
+    assert student.tokenizer.convert_ids_to_tokens(student.config.eos_token_id) == ["<eos>", "<bos>"]
     assert type(student.backbone.get_input_embeddings()) is kind
     assert student.encode(texts) == pytest.approx(before, abs=1e-6)
     student.save_pretrained(tmp_path / "student")
@@ -117,6 +120,15 @@ def test_the_most_frequent_tokens_are_kept(wordpiece):
     assert not {"sea", "cat"} & words.keys()
     assert report.coverage == pytest.approx(9 / 12)
     assert report.whole_texts == 2 / 5
+
+
+def test_what_a_narrow_table_saves_is_as_narrow(wordpiece):
+    whole = wordpiece.num_parameters()
+    narrow = narrow_embeddings(wordpiece, 4)
+    before = narrow.num_parameters()
+    assert before < whole
+    report = prune_vocabulary(narrow, ["sun sea dog"])
+    assert report.parameters == before - narrow.num_parameters() == 4 * (report.of - report.kept) > 0
 
 
 def test_too_small_a_vocabulary_is_refused(wordpiece):

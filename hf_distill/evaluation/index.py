@@ -169,7 +169,8 @@ def _without_own(found: np.ndarray, own: Sequence[int | None] | None, k: int) ->
 
 
 def _quality(found: np.ndarray, exact: np.ndarray, relevant: Sequence[Sequence[int]], k: int) -> dict[str, float]:
-    overlap = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]
+    real = [(a[a >= 0], b[b >= 0]) for a, b in zip(found, exact, strict=True)]  # -1 where there are fewer documents than k
+    overlap = [len(np.intersect1d(a, b)) / len(b) for a, b in real]
     run = {
         str(query): {str(row): float(-rank) for rank, row in enumerate(rows) if row >= 0}
         for query, rows in enumerate(found.tolist())

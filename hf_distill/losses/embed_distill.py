@@ -209,6 +209,11 @@ class ContrastiveLoss(DistillationLoss):
 
 def _scores(vectors: Tensor, in_batch: bool) -> Tensor:
     """Return cosines of the queries (column 0) with their own documents, [B, C - 1], or with all of the batch."""
+    if vectors.shape[1] < 2:
+        raise ValueError(
+            f"embed_distill: rows are {tuple(vectors.shape)}, expected [B, C, D] of a query and one document or more. There "
+            "would be nothing to find. Name the columns: --text_columns query document."
+        )
     vectors = nn.functional.normalize(vectors, dim=-1)
     queries, documents = vectors[:, 0], vectors[:, 1:]
     if in_batch:

@@ -90,6 +90,12 @@ def test_signs_are_rescored_with_the_queries_floats(texts):
     assert rows["a, binary, rescored"]["overlap"] > 100 * np.mean(plain)
 
 
+def test_an_index_agrees_with_itself_where_there_are_fewer_documents_than_places(texts):
+    spaces = {"few": Space(texts[0][:6], texts[1], ["flat", "int8"])}
+    rows = index_report(spaces, [[0]] * len(texts[1]), k=10, rounds=1, single=1)
+    assert rows["few, flat"]["overlap"] == rows["few, int8"]["overlap"] == 100
+
+
 def test_a_querys_own_document_is_never_found_for_it(texts):
     documents, queries, _ = texts
     own = [*range(5), *[None] * (len(queries) - 5)]

@@ -197,3 +197,10 @@ def test_with_documents_frozen_at_unit_length_scores_differ_by_no_more_than_the_
 def test_what_would_teach_nothing_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("loss", [ContrastiveLoss(), ScoreDistillation(in_batch=True)])
+def test_queries_without_a_document_are_refused(loss):
+    alone = torch.randn(4, 1, 8)
+    with pytest.raises(ValueError, match=r"rows are \(4, 1, 8\), expected \[B, C, D\] of a query and one document or more"):
+        loss(alone, different(4, 1) if isinstance(loss, ContrastiveLoss) else alone)
