@@ -237,9 +237,11 @@ def test_what_replacing_costs_is_a_matter_of_the_teacher_as_about_md_says():
     words = [[table[f"layer -1, k {k}, dot"]["words"] for k in (1, 5, 50)] for table in (mpnet, gemma)]
     assert words == [sorted(words[0], reverse=True), sorted(words[1])]
     layers = RUNS["words_all-minilm-l6-v2"]["table"]
-    for layer in (1, 2, 3):
+    for layer in (1, 2, 3, 4, 5, 6):
         words = [layers[f"layer {layer}, k {k}"]["words"] for k in (1, 2, 5, 20, 50)]
         assert words == sorted(words, reverse=True)
+    ends = [[f"{layers[f'layer {layer}, k {k}']['words']:.1f}" for k in (1, 50)] for layer in (1, 6)]
+    assert ends == [["52.7", "51.1"], ["56.9", "53.3"]]
 
 
 def test_a_dictionary_coarser_than_a_student_takes_more_from_it_than_it_brings():
@@ -302,6 +304,21 @@ def test_replacing_brings_where_a_student_is_coarser_than_its_dictionary_as_abou
     assert rows["student of senses, replaced"]["end avg"] < rows["student of senses"]["end avg"] - 9
     assert rows["untrained student"]["end avg"] > rows["teacher"]["end avg"]
     assert "--k 5" in RUNS["gemma_senses"]["provenance"]["command"]
+
+
+def test_few_steps_at_another_teachers_rates_make_no_student_as_about_md_says():
+    rows = RUNS["mpnet_senses"]["table"]
+    assert RUNS["mpnet_senses"]["seeds"] == [1]
+    kept = {name: rows["teacher, replaced"][f"{name}, of the teacher"] for name in ("STS avg", "SST-2", "TREC")}
+    assert kept == pytest.approx({"STS avg": 92.1, "SST-2": 94.7, "TREC": 92.8}, abs=0.05)
+    assert rows["teacher, replaced"]["state error"] == pytest.approx(75, abs=0.5)
+    students = [row["end avg"] for name, row in rows.items() if name.startswith("student")]
+    assert len(students) == 6
+    assert max(students) < rows["untrained student"]["end avg"] - 2
+    assert rows["student of states"]["state error"] == pytest.approx(100.5, abs=0.05)
+    ahead = rows["student of senses, replaced"]["end avg"] - rows["student of states"]["end avg"]
+    assert ahead == pytest.approx(31, abs=0.5)
+    assert "--k 50 --select cos" in RUNS["mpnet_senses"]["provenance"]["command"]
 
 
 def test_the_default_run_of_senses_is_what_about_md_says():
