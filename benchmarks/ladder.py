@@ -171,16 +171,22 @@ def main() -> None:
     parser.add_argument("name", help="of the data")
     parser.add_argument("ladder", choices=LADDERS)
     parser.add_argument("--reranker")
+    parser.add_argument("--rungs", nargs="+", help="only these, beside the first, whose teacher the others are a share of")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("flags", nargs="*", help="of the recipe, behind --")
     options = parser.parse_intermixed_args()
     ladder = LADDERS[options.ladder]
     if ladder.dev and any(flag.partition("=")[0] == "--sts" for flag in options.flags):
         parser.error(f"{options.ladder} is what settings are chosen by, expected --sts_dev in place of --sts, the tests.")
+    climbed = list(ladder.rungs) if options.rungs is None else [next(iter(ladder.rungs)), *options.rungs]
+    if unknown := set(climbed) - ladder.rungs.keys():
+        parser.error(f"--rungs {sorted(unknown)} are none of {options.ladder}, expected some of {list(ladder.rungs)}.")
     folder = ROOT / "outputs" / f"{options.name}_{options.ladder}"
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for number, (rung, more) in enumerate(ladder.rungs.items()):
+            if rung not in climbed:
+                continue
             output = folder / f"{number}-{seed}"
             own = [options.reranker if word == "RERANKER" else word for word in more.split()]
             own += ["--seed", str(seed), "--output_dir", str(output)]
@@ -200,6 +206,7 @@ def main() -> None:
     rows = {
         heading: cells([results["rows"][row] for results in runs[rung] if row in results["rows"]], ladder.scores)
         for heading, (rung, row) in ladder.rows.items()
+        if rung in runs
     }
     measured = rows[ladder.reference].copy()
     last = [heading for heading in ladder.scores if heading in measured][-1]

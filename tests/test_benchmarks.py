@@ -86,6 +86,20 @@ def test_a_ladder_starts_each_rung_and_seed_once_and_averages_over_seeds(ladder,
     assert "Its scores would stand beside those of other flags" in capsys.readouterr().err
 
 
+def test_some_rungs_of_a_ladder_lie_where_all_of_them_would(ladder, capsys):
+    climb, started = ladder
+    found = climb("senses", "--seeds", "1", "--rungs", "states", "--", "--k", "5")
+    assert [Path(words[words.index("--output_dir") + 1]).name for words in started] == ["0-1", "2-1"]
+    assert {"teacher", "student of senses", "student of states, replaced"} < found["table"].keys()
+    assert not any("senses and states" in heading for heading in found["table"])
+    whole = climb("senses", "--seeds", "1", "--", "--k", "5")
+    assert len(started) == 3
+    assert found["table"].items() < whole["table"].items()
+    with pytest.raises(SystemExit):
+        climb("senses", "--rungs", "stats")
+    assert "['stats'] are none of senses, expected some of ['senses'" in capsys.readouterr().err
+
+
 def test_what_settings_are_chosen_by_takes_no_test(ladder, capsys):
     climb, started = ladder
     for flags in (["--sts", "folder"], ["--sts=folder"]):
