@@ -319,6 +319,10 @@ def test_few_steps_at_another_teachers_rates_make_no_student_as_about_md_says():
     ahead = rows["student of senses, replaced"]["end avg"] - rows["student of states"]["end avg"]
     assert ahead == pytest.approx(31, abs=0.5)
     assert "--k 50 --select cos" in RUNS["mpnet_senses"]["provenance"]["command"]
+    dev = RUNS["mpnet_rates"]["table"]
+    ends = {name: f"{dev[name]['end avg']:.1f}" for name in ("states, 3e-4", "senses, 3e-4, replaced", "senses, 3e-4")}
+    assert list(ends.values()) == ["54.6", "54.4", "56.3"]
+    assert "--sts_dev" in RUNS["mpnet_rates"]["provenance"]["command"]
 
 
 def test_the_default_run_of_senses_is_what_about_md_says():
